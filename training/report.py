@@ -1,0 +1,146 @@
+"""Reproductions of a paper's tables and figures: what an entry is, how it runs, and what it leaves behind.
+
+A paper's package defines `ENTRIES` in its `reproduce` module; `scripts/reproduce.py` finds and runs them.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from training import loop, metrics
+from training.config import load, override
+from training.provenance import provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table: a quantity, what the paper says, and what came out."""
+
+    quantity: str
+    paper: str  # the paper's number; "" where it gives none
+    ours: str
+    target: str = ""  # the criterion for this quantity
+    passed: bool | None = None  # None: reported, not judged
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A table or a figure of a paper.
+
+    Attributes:
+      title: what it shows, in one line.
+      claim: what the paper says of it.
+      scales: for each scale at which it can be run, what differs there from the paper's set-up.
+      run: trains and measures; returns numbers that JSON can hold.
+      rows: the table, from what `run` returned.
+      draw: the figure as a PNG, from what `run` returned.
+    """
+
+    title: str
+    claim: str
+    scales: Mapping[str, str]
+    run: Callable[["Context"], dict[str, Any]]
+    rows: Callable[[dict[str, Any]], Sequence[Row]]
+    draw: Callable[[dict[str, Any], Path], None]
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished training that an entry asked for."""
+
+    config: ConfigDict
+    workdir: Path
+    result: loop.Result
+
+    def series(self, name: str) -> dict[str, Any]:
+        """Steps and values of one metric, as arrays; see `training.metrics.read`."""
+        return metrics.read(self.workdir)[name]
+
+    def record(self) -> dict[str, Any]:
+        """Where the training comes from, what it took, and its config."""
+        finished = json.loads((self.workdir / loop.FINISHED_FILE).read_text())
+        return {"seconds": finished["wall_seconds"], **finished["provenance"], "config": self.config.to_dict()}
+
+
+class Context:
+    """What an entry needs to run: its scale, and trainings that entries of one paper share."""
+
+    def __init__(self, scale: str, workdir: Path) -> None:
+        self.scale, self._workdir = scale, workdir
+        self.runs: dict[str, Run] = {}
+
+    def train(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> Run:
+        """Trains `config` (a file with an optional argument) in the folder `name`, or resumes, or reads the result."""
+        resolved = override(load(config), overrides or {})
+        workdir = self._workdir / self.scale / name
+        self.runs[name] = Run(resolved, workdir, loop.train(resolved, workdir))
+        return self.runs[name]
+
+
+def reproduce(name: str, entry: Entry, scale: str, workdir: Path, results: Path) -> dict[str, Any]:
+    """Runs an entry and writes `<results>/<name>.<scale>.json`, `.png` and `.md`; returns what the JSON holds."""
+    context = Context(scale, workdir)
+    begin = time.monotonic()
+    values = entry.run(context)
+    record = {
+        "entry": name,
+        "title": entry.title,
+        "claim": entry.claim,
+        "scale": scale,
+        "differs": entry.scales[scale],
+        "command": f"python scripts/reproduce.py {name} --scale={scale}",
+        "seconds": round(time.monotonic() - begin, 1),
+        **provenance(),
+        "trainings": {key: run.record() for key, run in context.runs.items()},
+        "values": values,
+        "rows": [dataclasses.asdict(row) for row in entry.rows(values)],
+    }
+    path = results / f"{name}.{scale}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics.replace(path, json.dumps(record, indent=1) + "\n")
+    render(entry, path)
+    return record
+
+
+def render(entry: Entry, path: Path) -> None:
+    """Writes the table and the figure that belong to a result, from its JSON file."""
+    record = json.loads(path.read_text())
+    rows = [Row(**row) for row in record["rows"]]
+    metrics.replace(path.with_suffix(".md"), markdown(record, rows))
+    entry.draw(record["values"], path.with_suffix(".png"))
+
+
+def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The result as a Markdown page: claim, table, and how it was made."""
+    lines = [
+        f"# {record['title']}",
+        "",
+        f"The paper: {record['claim']}",
+        "",
+        "| quantity | paper | ours | criterion | met |",
+        "|---|---|---|---|---|",
+        *(f"| {r.quantity} | {r.paper} | {r.ours} | {r.target} | {_mark(r.passed)} |" for r in rows),
+        "",
+        f"Differs from the paper's set-up: {record['differs']}",
+        "",
+        f"`{record['command']}`, {record['date']}, revision {record['revision']}, {record['device']}, "
+        f"JAX {record['jax']}, {record['seconds']:.0f} s.",
+        "",
+        *(
+            f"* training `{name}`: {t['seconds']:.0f} s on {t['device']}, {t['date']}, revision {t['revision']}"
+            for name, t in record["trainings"].items()
+        ),
+        "",
+        f"![{record['title']}]({Path(record['entry']).name}.{record['scale']}.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _mark(passed: bool | None) -> str:
+    return "" if passed is None else ("yes" if passed else "**no**")
