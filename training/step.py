@@ -45,6 +45,11 @@ class Replica(NamedTuple):
 _INIT, _DATA, _LOSS = range(3)  # what a replica's keys are for
 
 
+def data_key(seed: jax.Array | int) -> jax.Array:
+    """The key from which the replicas with this seed draw their data."""
+    return Replica(seed, {}).key(_DATA)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A config made executable: pure functions from state to state, compiled when first called."""

@@ -1,0 +1,1 @@
+"""Ahn et al., Transformers learn to implement preconditioned gradient descent (arXiv:2306.00297)."""
