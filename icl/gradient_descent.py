@@ -1,8 +1,7 @@
 """Gradient descent, GD++ and least squares on regression prompts: what the transformer is held to.
 
-The recursions are those of Ahn et al. (arXiv:2306.00297): Lemma 1, section 5 (GD++), and the baselines of the
-figures 6 and 7. The batch of prompts is the last axis, and every function works in the dtype of its
-arguments.
+The recursions are those of Ahn et al. (arXiv:2306.00297): Lemma 1, section 5 (GD++), and the baselines of the figures
+6 and 7. The batch of prompts is the last axis, and every function works in the dtype of its arguments.
 """
 
 from functools import partial
@@ -19,8 +18,8 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 def gradient_descent(gram: Gram, preconditioners: jax.Array) -> jax.Array:
     """The iterates of preconditioned gradient descent from 0 on `R(w) = sum_i (<w, x_i> - y_i)^2 / 2n`.
 
-    Step l is `w <- w - M_l grad R(w)`. The transformer of eq. (8) predicts `<w, x_query>` with `M_l = -A_l^T`
-    for trained blocks A_l (Lemma 1; the paper omits the transpose, which is right for symmetric blocks only).
+    Step l is `w <- w - M_l grad R(w)`. The transformer of eq. (8) predicts `<w, x_query>` with `M_l = -A_l^T` for
+    trained blocks A_l (Lemma 1; the paper omits the transpose, which is right for symmetric blocks only).
 
     Args:
       gram: moments of the examples. `yy` is not used.
@@ -43,13 +42,13 @@ def constant_step_descent(
 ) -> jax.Array:
     """The baselines of the figures 6 and 7: equal steps on the *sum* of squares, `w <- w - eta M X (X^T w - y)`.
 
-    The identity as preconditioner gives plain gradient descent; Sigma^-1 gives the descent on whitened
-    covariates. The authors' code leaves out the last example, which is `x[:, :-1]`, `y[:-1]` here.
+    The identity as preconditioner gives plain gradient descent; Sigma^-1 gives the descent on whitened covariates.
+    The authors' code leaves out the last example, which is `x[:, :-1]`, `y[:-1]` here.
 
     Args:
       x: [d, n, batch].
       y: [n, batch].
-      step_size: eta. The mean of section 2 has it as `eta n`.
+      step_size: eta. On the mean of section 2 the same step is `eta n`.
       steps: number of steps.
       preconditioner: M, [d, d].
 
@@ -63,9 +62,9 @@ def constant_step_descent(
 def gd_plus_plus(x: jax.Array, y: jax.Array, x_query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """The query's label entry after GD++ (section 5): a step on the labels, then one on the covariates.
 
-    With `S = X X^T / n` of the current covariates, a step is `y_i <- y_i + a (X y / n)^T x_i` and `x_i <- (I
-    + a b S) x_i`, for the examples and the query alike, both from the old values. It is the model of eq. (11)
-    with multiples of the identity as blocks.
+    With `S = X X^T / n` of the current covariates, a step is `y_i <- y_i + a (X y / n)^T x_i` and
+    `x_i <- (I + a b S) x_i`, for the examples and the query alike, both from the old values. It is the model of
+    eq. (11) with multiples of the identity as blocks.
 
     Args:
       x: [d, n, batch].

@@ -19,6 +19,8 @@ from training.step import data_key
 
 TEST_KEY = 20231  # of the prompts here; training and its test set use other keys
 
+BASELINE_PROMPTS = 100_000  # to tune a baseline on, and as many to test it
+
 COARSE_STEPS = (0.008, 0.01, 0.02, 0.04, 0.08, 0.16)
 """Step sizes that the authors' code tries for gradient descent in figure 7 (for the preconditioned one in figure 6)."""
 FINER_STEPS = (0.001, 0.002, 0.004, *COARSE_STEPS)
@@ -152,7 +154,7 @@ def descent_baselines(
 
 @functools.cache
 def _plain_prompts(examples: int, variances: tuple[float, ...], seed: int) -> Prompts:
-    return sample_prompts(jax.random.key(seed), diagonal_covariance(jnp.asarray(variances)), examples, 100_000)
+    return sample_prompts(jax.random.key(seed), diagonal_covariance(jnp.asarray(variances)), examples, BASELINE_PROMPTS)
 
 
 @functools.partial(jax.jit, static_argnames=("used", "steps"))

@@ -28,8 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.task.examples, config.task.resample_every = options.examples, 1
     config.batch_size, config.steps = 40_000, "8000 steps"
     if options.scale == "cpu":
-        config.batch_size, config.steps, config.seeds = 2000, "4000 steps", (0,)
-        config.optimizer.halve_every = "1000 steps"
+        config.batch_size, config.seeds = 2000, (0,)
     return config
 
 

@@ -22,8 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.steps = "20000 steps"
     if options.scale == "cpu":
-        config.batch_size, config.steps, config.seeds = 4000, "5000 steps", (0,)
-        config.optimizer.halve_every = "1000 steps"
+        config.batch_size, config.seeds = 4000, (0,)
     return config
 
 

@@ -19,6 +19,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.steps = "100000 steps"
     if options.scale == "cpu":
-        config.batch_size, config.steps, config.seeds = 4000, "15000 steps", (0,)
-        config.optimizer.halve_every = "1000 steps"
+        config.batch_size, config.seeds = 4000, (0,)
     return config
