@@ -1,7 +1,7 @@
 """The stationary families of Theorems 3 and 4: exact losses and their optima.
 
-On `A_l = a_l Sigma^-1`, `B_l = b_l I` everything commutes in whitened coordinates, and the in-context loss is a mean over
-one eigenvalue s of the whitened Gram matrix, a Wishart matrix over n:
+On `A_l = a_l Sigma^-1`, `B_l = b_l I` everything commutes in whitened coordinates, and the in-context loss is a mean
+over one eigenvalue s of the whitened Gram matrix, a Wishart matrix over n:
 
     s_0 = s,   s_{l+1} = s_l (1 + a_l b_l s_l)^2,   loss = E sum_j prod_l (1 + a_l s_l^(j))^2.
 
@@ -25,7 +25,7 @@ TAIL = 1e-7
 
 
 class Spectrum(NamedTuple):
-    """A quadrature for means over the eigenvalues of a whitened Gram matrix: `sum(weights * g(nodes))` is `E sum_j g(s_j)`.
+    """A quadrature over the eigenvalues of a whitened Gram matrix: `sum(weights * g(nodes))` is `E sum_j g(s_j)`.
 
     Attributes:
       nodes: eigenvalues, increasing.
