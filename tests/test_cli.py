@@ -12,11 +12,13 @@ TOY = "--config=tests/training/toys.py"
 
 BLOCK = """
 import sys, runpy
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("tensorflow", "tensorflow_datasets", "wandb", "matplotlib", "grain"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in ("tensorflow", "tensorflow_datasets", "wandb", "matplotlib", "grain")
+        return None if absent else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 
@@ -41,13 +43,10 @@ def test_optional_packages_may_be_absent(tmp_path):
         + "sys.argv = sys.argv[:1] + ['--help']\nrunpy.run_path('train.py')"
     )
     assert call(code=code).returncode == 0
-    code = BLOCK + f"sys.argv[1:] = [{TOY!r}, '--workdir={tmp_path}']\nrunpy.run_path('train.py', run_name='__main__')"
-    done = call(code=code)
+    run = "sys.argv[1:] = {}\nrunpy.run_path('train.py', run_name='__main__')"
+    done = call(code=BLOCK + run.format([TOY, f"--workdir={tmp_path / 'a'}"]))
     assert done.returncode == 0, done.stderr
-    code = code.replace("sys.argv[1:] = [", "sys.argv[1:] = ['--config.wandb.mode=offline', ").replace(
-        str(tmp_path), str(tmp_path / "b")
-    )
-    done = call(code=code)
+    done = call(code=BLOCK + run.format([TOY, "--config.wandb.mode=offline", f"--workdir={tmp_path / 'b'}"]))
     assert done.returncode == 2
     assert "pip install wandb" in done.stderr
 

@@ -115,9 +115,8 @@ def last_losses(run: Run, fraction: float) -> list[float]:
 
 def selected_losses(run: Run, last: int) -> list[float]:
     """The authors' protocol: the test loss at the evaluation, of the last ones, whose validation loss is least."""
-    validation, test = (
-        run.series(f"{name}/loss")["value"][-last:].reshape(last, -1) for name in ("validation", "test")
-    )
+    validation, test = (run.series(f"{name}/loss")["value"][-last:] for name in ("validation", "test"))
+    validation, test = (values.reshape(len(values), -1) for values in (validation, test))
     return test[validation.argmin(0), np.arange(test.shape[1])].tolist()
 
 

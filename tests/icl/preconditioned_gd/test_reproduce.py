@@ -22,11 +22,17 @@ def _small(monkeypatch):
     monkeypatch.setattr(reproduce, "_test_prompts", lambda context: 2**16)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One folder for all entries: those of one training share it, as they do for a user."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("name", reproduce.ENTRIES)
-def test_an_entry_leaves_json_table_and_figure(name, tmp_path):
+def test_an_entry_leaves_json_table_and_figure(name, runs, tmp_path):
     entry = reproduce.ENTRIES[name]
-    record = report.reproduce(f"paper/{name}", entry, "cpu", tmp_path / "runs", tmp_path / "results")
+    record = report.reproduce(f"paper/{name}", entry, "cpu", runs, tmp_path / "results")
     path = tmp_path / "results" / "paper" / f"{name}.cpu.json"
     assert json.loads(path.read_text())["rows"] == record["rows"]
     assert len(record["rows"]) >= 2
