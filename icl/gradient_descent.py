@@ -1,7 +1,7 @@
 """Gradient descent, GD++ and least squares on regression prompts: what the transformer is held to.
 
-The recursions are those of Ahn et al. (arXiv:2306.00297): Lemma 1, section 5 (GD++), and the baselines of the figures
-6 and 7. The batch of prompts is the last axis, and every function works in the dtype of its arguments.
+The recursions are those of Ahn et al. (arXiv:2306.00297): Lemma 1, section 5 (GD++), and the baselines of figures 6
+and 7. The batch of prompts is the last axis, and every function works in the dtype of its arguments.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from icl.linear_attention import Gram, prompt_gram
+from icl.linear_attention import Gram
 from icl.regression import Covariance
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -35,28 +35,6 @@ def gradient_descent(gram: Gram, preconditioners: jax.Array) -> jax.Array:
         w = w - _einsum("ij,jb->ib", m, gradient)
         iterates.append(w)
     return jnp.stack(iterates)
-
-
-def constant_step_descent(
-    x: jax.Array, y: jax.Array, step_size: jax.Array | float, steps: int, preconditioner: jax.Array
-) -> jax.Array:
-    """The baselines of the figures 6 and 7: equal steps on the *sum* of squares, `w <- w - eta M X (X^T w - y)`.
-
-    The identity as preconditioner gives plain gradient descent; Sigma^-1 gives the descent on whitened covariates.
-    The authors' code leaves out the last example, which is `x[:, :-1]`, `y[:-1]` here.
-
-    Args:
-      x: [d, n, batch].
-      y: [n, batch].
-      step_size: eta. On the mean of section 2 the same step is `eta n`.
-      steps: number of steps.
-      preconditioner: M, [d, d].
-
-    Returns:
-      The last iterate, [d, batch].
-    """
-    m = step_size * y.shape[0] * preconditioner
-    return gradient_descent(prompt_gram(x, y), jnp.broadcast_to(m, (steps, *m.shape)))[-1]
 
 
 def gd_plus_plus(x: jax.Array, y: jax.Array, x_query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

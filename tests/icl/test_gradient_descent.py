@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icl.gradient_descent import constant_step_descent, gd_plus_plus, gradient_descent, least_squares
+from icl.gradient_descent import gd_plus_plus, gradient_descent, least_squares
 from icl.linear_attention import literal_transformer, prompt_gram
 from icl.regression import diagonal_covariance, rotated_covariance, sample_prompts, token_matrices
 
@@ -36,22 +36,6 @@ def test_gradient_descent_follows_the_gradient_of_the_loss():
         for step, preconditioner in enumerate(preconditioners):
             w = w - preconditioner @ jax.grad(loss)(w, prompts.x[..., prompt], prompts.y[:, prompt])
             np.testing.assert_allclose(iterates[step, :, prompt], w, rtol=1e-10)
-
-
-@pytest.mark.parametrize("used", [19, 20])
-def test_constant_steps_descend_the_sum_of_squares(used):
-    covariance, prompts = paper_prompts(20, 6)
-    x, y = prompts.x[:, :used], prompts.y[:used]
-    plain = constant_step_descent(x, y, 0.02, 3, jnp.eye(5))
-    whitened = constant_step_descent(x, y, 0.04, 3, covariance.inverse)
-    for prompt in range(6):
-        rows, labels = np.asarray(x[..., prompt].T), np.asarray(y[:, prompt])
-        w, v, white = np.zeros(5), np.zeros(5), rows @ np.asarray(covariance.inverse_sqrt)
-        for _ in range(3):
-            w = w - 0.02 * (rows.T @ (rows @ w) - rows.T @ labels)
-            v = v - 0.04 * (white.T @ (white @ v) - white.T @ labels)
-        np.testing.assert_allclose(plain[:, prompt], w, rtol=1e-10)
-        np.testing.assert_allclose(whitened[:, prompt], np.asarray(covariance.inverse_sqrt) @ v, rtol=1e-10)
 
 
 def test_gd_plus_plus_is_the_transformer_with_multiples_of_the_identity():

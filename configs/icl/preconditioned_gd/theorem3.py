@@ -19,5 +19,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.steps = "30000 steps"
     if options.scale == "cpu":
-        config.batch_size, config.seeds = 4000, (0,)
+        config.batch_size, config.seeds, config.eval_every = 4000, (0,), "1%"
     return config
