@@ -11,7 +11,7 @@ SUPPORTED := 3.11 3.12 3.13
 .PHONY: train test test-all lint
 
 train: $(VENV)/.installed
-	$(RUN) scripts/reproduce.py icl/preconditioned_gd/figure1 --scale=cpu
+	$(RUN) scripts/reproduce.py icl/preconditioned_gd/figure1 --scale=cpu --results=runs/results
 
 test: $(VENV)/.installed-dev lint
 	$(RUN) -m pytest -n 2 -m "not slow"

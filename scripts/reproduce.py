@@ -58,8 +58,10 @@ def _status(path: Path) -> str:
         return "no result yet"
     record = json.loads(path.read_text())
     judged = [row["passed"] for row in record["rows"] if row["passed"] is not None]
-    cost = format_seconds(sum(training["seconds"] for training in record["trainings"].values()))
-    return f"{sum(judged)} of {len(judged)} criteria met; {cost} of training on {record['device']}; {path}"
+    trainings = record["trainings"].values()
+    cost = format_seconds(sum(training["seconds"] for training in trainings))
+    devices = ", ".join(sorted({training["device"] for training in trainings}))
+    return f"{sum(judged)} of {len(judged)} criteria met; {cost} of training on {devices}; {path}"
 
 
 def main() -> None:
