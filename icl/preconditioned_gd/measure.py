@@ -107,11 +107,11 @@ def last_value(run: Run, name: str) -> np.ndarray:
     return value if len(run.config.seeds) > 1 else value[None]
 
 
-def last_losses(run: Run, fraction: float) -> list[float]:
-    """The training loss averaged over the last `fraction` of the steps, for each seed."""
+def last_losses(run: Run, fraction: float) -> np.ndarray:
+    """The training losses recorded in the last `fraction` of the steps, [records, seeds]."""
     series = run.series("loss")
     late = series["step"] > (1 - fraction) * series["step"][-1]
-    return np.atleast_1d(series["value"][late].mean(0)).tolist()
+    return series["value"][late].reshape(late.sum(), -1)
 
 
 def selected_losses(run: Run, last: int) -> list[float]:
