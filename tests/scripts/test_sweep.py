@@ -120,6 +120,11 @@ needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 
+def heed_interrupts() -> None:
+    """Undoes what a shell does to the tests when it runs them in the background: their children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Sweep:
     """A sweep in a folder of its own: its config file, its trainer, and ways to start it."""
 
@@ -147,7 +152,7 @@ class Sweep:
     def start(self, *more: str) -> subprocess.Popen:
         command = [sys.executable, str(self.driver), str(self.trainer), *self.arguments(*more)]
         with self._out.open("w") as out, self._err.open("w") as err:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, preexec_fn=heed_interrupts)
         self._started.append(process)
         return process
 
