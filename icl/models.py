@@ -31,9 +31,9 @@ class LinearTransformer(nnx.Module):
         return gram_transformer(gram, query, self.p[...], self.q[...])[-1, -1]
 
     def weights(self, g: jax.Array, layers: int | None = None) -> jax.Array:
-        """w after the first `layers` layers, or all, [d, batch], for second moments of the tokens [d + 1, d + 1, batch].
+        """w after the first `layers` layers, or all, [d, batch]; the prediction is `<w, x_query>`.
 
-        The prediction is `<w, x_query>`.
+        g holds the second moments of the example tokens, [d + 1, d + 1, batch].
         """
         return prediction_weights(g, self.p[:layers], self.q[:layers])[:-1]
 

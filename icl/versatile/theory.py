@@ -17,8 +17,8 @@ from icl.versatile.data import mean_square
 class LinearView(NamedTuple):
     """What a token is after some layers, as a function of what it was (Theorem 4.1 and Lemma 4.3).
 
-    An example `(x, y)` has become `(m x + y u, a y - <w, x>)`, and the query `(x, 0)` has become `(m x, -<w, x>)`: every
-    layer holds a linear model with weights w.
+    An example `(x, y)` has become `(m x + y u, a y - <w, x>)`, and the query `(x, 0)` has become `(m x, -<w, x>)`:
+    every layer holds a linear model with weights w.
 
     Attributes:
       m: [d, d].

@@ -183,7 +183,7 @@ def test_gd_plus_plus_finds_least_squares(kappa, layers):
 
 def test_lemma_a2():
     """A spectrum in [1, 1 + eps] makes alpha a solution up to eps."""
-    sigma, alpha, solution = conditioned(1.05)
+    _, alpha, solution = conditioned(1.05)
     assert relative(alpha, solution) <= 0.05
 
 
