@@ -17,6 +17,12 @@ TINY = {"steps": "4 steps", "batch_size": 32, "task.validation_prompts": 64, "se
 TRAINED = ("one_layer", "second_order", *(f"figure{n}" for n in range(1, 8)), "algorithm")
 
 
+def _at_most(value, most):
+    if isinstance(value, tuple):
+        return tuple(_at_most(v, most) for v in value)
+    return min(value, most) if isinstance(value, int) else value
+
+
 @pytest.fixture(scope="module", name="runs")
 def _runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -32,7 +38,8 @@ def _small(monkeypatch):
 
     monkeypatch.setattr(report.Context, "train", tiny)
     monkeypatch.setattr(reproduce, "_prompts", lambda context: {"tuning": 2000, "test": 2000})
-    monkeypatch.setattr(reproduce, "_by_scale", lambda context, cpu, larger: cpu if not isinstance(cpu, int) else 2000)
+    monkeypatch.setattr(reproduce, "_by_scale", lambda context, cpu, larger: _at_most(cpu, 2000))
+    monkeypatch.setattr(reproduce, "PROBLEMS", ("uniform:0", "uniform:5"))
     measure.tuned_baselines.cache_clear()
     measure.baselines.cache_clear()
 
