@@ -48,7 +48,7 @@ def clip_by_finite_global_norm(threshold: float) -> optax.GradientTransformation
     inner = optax.clip_by_global_norm(threshold)
 
     def clip(updates: Any, _: Any) -> Any:
-        finite = jnp.isfinite(optax.global_norm(updates))
+        finite = jnp.isfinite(optax.tree.norm(updates))
         clipped, _ = inner.update(updates, inner.init(updates))
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), clipped)
 

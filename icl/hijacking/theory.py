@@ -102,6 +102,20 @@ def optimum(spectra: Spectra, layers: int, examples: int) -> Optimum:
     return best_start(spectra, math.exp(found.x), layers)
 
 
+def searched_rate(seed: int, dimension: int, spread: float, examples: int, prompts: int) -> float:
+    """The one-step size that minimises the raw error on single queries, in closed form; c at `SIGN_MEAN m`.
+
+    It shows how noisy a search on the paper's own objective is.
+    """
+    rng = np.random.default_rng(seed)
+    spectra = sample_spectra(seed, dimension, spread, examples, prompts)
+    query = rng.normal(size=spectra.w.shape)
+    c = SIGN_MEAN * float((spectra.w * spectra.beta).sum(0).mean())
+    move = ((spectra.b - c * spectra.eigenvalues * spectra.beta) * query).sum(0)
+    missing = np.sign((spectra.w * query).sum(0)) - c * (spectra.beta * query).sum(0)
+    return float((move * missing).sum() / (move**2).sum())
+
+
 class Prior(NamedTuple):
     """Constants of the prior: `m = E <w, beta>`, `v = kappa (1 - m^2)`, `d = dimension (1 - kappa m^2)`."""
 

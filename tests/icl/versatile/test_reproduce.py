@@ -14,7 +14,7 @@ from training.errors import UserError
 from training.loop import make_program
 
 TINY = {"steps": "4 steps", "batch_size": 32, "task.validation_prompts": 64, "seeds": (0, 1)}
-TRAINED = ("one_layer", "second_order", *(f"figure{n}" for n in range(1, 8)), "algorithm")
+LONG = ("gd_plus_plus", "one_layer", "second_order", *(f"figure{n}" for n in range(1, 8)), "algorithm")
 
 
 def _at_most(value, most):
@@ -45,7 +45,7 @@ def _small(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in TRAINED else n for n in reproduce.ENTRIES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in reproduce.ENTRIES]
 )
 def test_an_entry_leaves_json_table_and_figure(name, runs, tmp_path):
     entry = reproduce.ENTRIES[name]
