@@ -138,3 +138,17 @@ def flip_time(flips: np.ndarray, most: int, seed: int = 0) -> FlipTime:
         float(flipped.mean()) if len(flipped) else float("nan"),
         float((flips >= 0).mean()),
     )
+
+
+def summary(scores: Scores, most: int) -> dict[str, dict]:
+    """For each kind of flip, over the facts that are known: survival curve and flip time, and the efficacy by k."""
+    kept = Scores(*(array[known(scores)] for array in scores))
+    efficacy = (kept.error > kept.correct).mean(0).tolist()
+    return {
+        name: {
+            "survival": survival(flips, most).tolist(),
+            "time": flip_time(flips, most)._asdict(),
+            "efficacy": efficacy,
+        }
+        for name, flips in first_flips(kept).items()
+    }

@@ -1,5 +1,6 @@
 """GPT-2's byte-level byte-pair encoding, from the `vocab.json` and `merges.txt` of a checkpoint folder."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -41,7 +42,7 @@ class Tokenizer:
     def _merge(self, pieces: list[str]) -> list[str]:
         """Joins the pair of the lowest rank, wherever it stands, until no known pair is left."""
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:], strict=False))
+            pairs = list(itertools.pairwise(pieces))
             best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
             if best not in self._ranks:
                 break
