@@ -123,8 +123,8 @@ def load(folder: str | Path) -> GPT2:
     for name, parameter in _named_parameters(model):
         if name not in tensors:
             raise UserError(f"{folder}: the weights lack {name!r}")
-        if tensors[name].shape != parameter[...].shape:
-            found, wanted = tensors[name].shape, parameter[...].shape
+        found, wanted = tensors[name].shape, parameter.get_value().shape
+        if found != wanted:
             raise UserError(f"{folder}: {name!r} has the shape {found}, and config.json asks for {wanted}")
         parameter.set_value(jnp.asarray(tensors[name], jnp.float32))
     return model
