@@ -92,7 +92,7 @@ def _rows_optima(values: Values) -> list[Row]:
             starts = [cell["c"] for cell in cells]
             ideal = SIGN_MEAN * cells[0]["m"]
             text = f"within 0.005 of {ideal:.4f}"
-            near = max(abs(c - ideal) for c in starts) < 0.005
+            near = bool(max(abs(c - ideal) for c in starts) < 0.005)
             rows.append(Row(f"{name}: c", f"constant, {SIGN_MEAN:.3f}", numbers(starts, 4), text, near))
         rows.append(Row(f"{name}: excess", "O(d/n)", numbers([cell["excess"] for cell in cells])))
     for (spread, d), cells in _grouped(values["cells"], "spread", "d").items():

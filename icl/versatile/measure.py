@@ -113,8 +113,13 @@ def adjusted_errors(
 
 
 def summarize(errors: np.ndarray) -> dict[str, float]:
-    """Mean and its standard error, trimmed mean, maximum and non-finite fraction of one model's errors [prompts]."""
+    """Mean and its standard error, trimmed mean, maximum and non-finite fraction of one model's errors [prompts].
+
+    All but the last are infinite for a model that diverged altogether.
+    """
     finite = np.sort(errors[np.isfinite(errors)])
+    if not len(finite):
+        return {**dict.fromkeys(("mean", "error", "trimmed", "max"), float("inf")), "nonfinite": 1.0}
     kept = finite[: len(finite) - max(len(errors) // 1000, 1)]
     return {
         "mean": float(finite.mean()),

@@ -3,8 +3,8 @@
   python train.py --config=configs/icl/versatile/grid.py:scale=gpu,form=diagonal,layers=4 --workdir=runs/diagonal4
   python scripts/sweep.py --config=configs/icl/versatile/grid.py:scale=gpu --workdir=runs/grid
 
-The sweep has 21 points (22 with the eight layers of figure 7, which are not in Table 1). Each point trains all noise
-problems and seeds at once: 50 replicas, whose steps share one dispatch. At scale paper these are the paper's steps,
+The sweep has the 21 points of Table 1; figure 7 also trains eight layers. Each point trains all noise problems and
+seeds at once: 50 replicas, whose steps share one dispatch. At scale paper these are the paper's steps,
 batch and learning rate; at scale gpu a fifth of the steps with a larger rate that decays. `optimizer=lbfgs` is the
 second-order route: L-BFGS with a line search, on sets of prompts so large that their tails are those of the law.
 

@@ -96,6 +96,7 @@ def test_summaries_name_what_they_leave_out():
     assert found["trimmed"] == 1
     assert found["max"] == 1e6
     assert found["nonfinite"] == pytest.approx(0.001)
+    assert measure.summarize(np.full(10, np.nan))["mean"] == np.inf
 
 
 def test_diagonal_share():
