@@ -7,8 +7,9 @@ columns `(x_i, y_i)` and the query as the last column `(x_query, 0)`.
 Two forms of the same map live here:
 
 * `literal_attention`, `literal_transformer`: the paper's formulas on token matrices, batch first. They are the oracle.
-* `sparse_transformer`, `gram_transformer`: what training uses. The examples reach the query only through their second
-  moments, so a layer costs a few products of matrices of the size of one token, whatever the number of examples.
+* `sparse_transformer`, `gram_transformer`, `prediction_weights`: what training uses. The examples reach the query only
+  through their second moments, so a layer costs a few products of matrices of the size of one token, whatever the
+  number of examples.
 
 The fast forms keep the batch of prompts on the last axis. The matrices of one prompt are tiny, and only the batch is
 long enough to fill vector registers or a GPU's warps.
@@ -128,7 +129,7 @@ def sparse_transformer(
         c = c + _apply(s, _einsum("ji,jb->ib", a_sum, c))
         if b is not None:
             t = _residual_sandwich(b[layer], s, a_heads)
-            x, c = jnp.moveaxis(_product(t, jnp.stack([x, c], axis=1)), 1, 0)
+            x, c = jnp.moveaxis(product(t, jnp.stack([x, c], axis=1)), 1, 0)
             if layer < last - 1:
                 s = _congruence(t, s)
     return y
@@ -149,7 +150,7 @@ def gram_transformer(gram: Gram, query: jax.Array, p: jax.Array, q: jax.Array) -
     Returns:
       [layers, d + 1, batch].
     """
-    g = _token_gram(gram)
+    g = token_gram(gram)
     queries = []
     for p_heads, q_heads in zip(p, q, strict=True):
         t = _residual_sandwich(p_heads, g, q_heads)
@@ -159,7 +160,32 @@ def gram_transformer(gram: Gram, query: jax.Array, p: jax.Array, q: jax.Array) -
     return jnp.stack(queries)
 
 
-def _token_gram(gram: Gram) -> jax.Array:
+def prediction_weights(g: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+    """The vector that the prediction is linear in: it is `<w, z>` for a query token z (Vladymyrov et al., Theorem 4.1).
+
+    A layer maps every token by `T = I + sum_h P_h G Q_h`, and the prediction is minus the last entry of the query's
+    token, so w is minus the last row of the product of all T. It is built from the last layer backwards, by products
+    with vectors; the last layer needs its last row only, and so only the last row of P.
+
+    Args:
+      g: second moments of the example tokens in any normalisation, [d + 1, d + 1, batch], any floating dtype.
+      p: [layers, heads, d + 1, d + 1], or [layers, heads, d + 1] where the matrices are diagonal.
+      q: as `p`.
+
+    Returns:
+      [d + 1, batch]. The last entry acts on the label entry that the query enters with, which is 0 in prompts.
+    """
+    maps = []
+    for p_heads, q_heads in zip(p[:-1], q[:-1], strict=True):
+        maps.append(_residual_sandwich(p_heads, g, q_heads))
+        g = _congruence(maps[-1], g)
+    row = _last_row(p[-1], g, q[-1])
+    for t in reversed(maps):
+        row = _apply(jnp.swapaxes(t, 0, 1), row)
+    return -row
+
+
+def token_gram(gram: Gram) -> jax.Array:
     """Second moment of the tokens `(x, y)`, [d + 1, d + 1, batch]."""
     top = jnp.concatenate([gram.xx, gram.xy[:, None]], axis=1)
     bottom = jnp.concatenate([gram.xy, gram.yy[None]], axis=0)
@@ -169,45 +195,74 @@ def _token_gram(gram: Gram) -> jax.Array:
 def _residual_sandwich(left: jax.Array, middle: jax.Array, right: jax.Array) -> jax.Array:
     """`I + sum_h left_h middle right_h`, for left and right [heads, d, d] and one middle [d, d, batch] per prompt.
 
+    Diagonal left and right, [heads, d], only scale the entries.
+
     The sandwich is a linear map of the d^2 entries of the middle matrix. Forming its matrix first leaves a single
     matrix product with the batch as its long axis, whatever the number of heads, and the gradients are two more.
     That costs d^4 per prompt, which is the faster way for the single-digit d of these experiments.
     """
     d = middle.shape[0]
-    kernel = _einsum("hij,hkl->iljk", left, right).reshape(d * d, d * d)
-    sandwich = _einsum("mk,kb->mb", kernel, middle.reshape(d * d, -1)).reshape(middle.shape)
+    if left.ndim == 2:
+        sandwich = _einsum("hi,hj->ij", left, right)[:, :, None] * middle
+    else:
+        kernel = _einsum("hij,hkl->iljk", left, right).reshape(d * d, d * d)
+        sandwich = _einsum("mk,kb->mb", kernel, middle.reshape(d * d, -1)).reshape(middle.shape)
     return sandwich + jnp.eye(d, dtype=middle.dtype)[:, :, None]
+
+
+def _last_row(left: jax.Array, middle: jax.Array, right: jax.Array) -> jax.Array:
+    """The last row of `_residual_sandwich` for a symmetric middle, [d, batch]."""
+    if left.ndim == 2:
+        row = _einsum("h,hj->j", left[:, -1], right)[:, None] * middle[-1]
+    else:
+        row = _einsum("hjl,hjb->lb", right, _einsum("jkb,hk->hjb", middle, left[:, -1]))
+    return row.at[-1].add(1)
 
 
 def _congruence(t: jax.Array, s: jax.Array) -> jax.Array:
     """`T S T^T` per prompt, all [d, d, batch]."""
-    return _product(_product(t, s), jnp.swapaxes(t, 0, 1))
+    return product(product(t, s), jnp.swapaxes(t, 0, 1))
 
 
 def _apply(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """Matrix [i, k, batch] times vector [k, batch], per prompt."""
-    return _product(matrix, vector[:, None])[:, 0]
+    return product(matrix, vector[:, None])[:, 0]
 
 
 @jax.custom_vjp
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+def product(left: jax.Array, right: jax.Array) -> jax.Array:
     """Matrix product per prompt, [i, k, batch] times [k, j, batch].
 
-    Written as a sum of k outer products, which compiles to one vectorised loop over the batch; a batched dot, or a
-    reduction over the axis k, is several times slower on a CPU. The gradient is spelled out because differentiating
-    through the slices would scatter every outer product into its own array.
+    Written as a sum of k outer products, each a vectorised loop over the batch; a batched dot, or a reduction over the
+    axis k, is several times slower on a CPU. There the sum is a loop, because the CPU compiler fuses unrolled sums of
+    one product into the next and computes every entry again for each use: with d = 11 that is ten times slower. The
+    gradient is spelled out because differentiating through the slices would scatter every outer product into its own
+    array.
     """
+    return jax.lax.platform_dependent(left, right, cpu=_looped_product, default=_unrolled_product)
+
+
+def _unrolled_product(left: jax.Array, right: jax.Array) -> jax.Array:
     outer_products = [left[:, k, None] * right[None, k] for k in range(right.shape[0])]
     return sum(outer_products[1:], start=outer_products[0])
 
 
+def _looped_product(left: jax.Array, right: jax.Array) -> jax.Array:
+    def add(k: jax.Array, total: jax.Array) -> jax.Array:
+        column = jax.lax.dynamic_index_in_dim(left, k, 1, keepdims=True)
+        return total + column * jax.lax.dynamic_index_in_dim(right, k, 0, keepdims=True)
+
+    zeros = jnp.zeros((left.shape[0], *right.shape[1:]), left.dtype)
+    return jax.lax.fori_loop(0, right.shape[0], add, zeros)
+
+
 def _product_forward(left: jax.Array, right: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(left, right), (left, right)
+    return product(left, right), (left, right)
 
 
 def _product_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     left, right = operands
-    return _product(cotangent, jnp.swapaxes(right, 0, 1)), _product(jnp.swapaxes(left, 0, 1), cotangent)
+    return product(cotangent, jnp.swapaxes(right, 0, 1)), product(jnp.swapaxes(left, 0, 1), cotangent)
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)

@@ -60,7 +60,18 @@ def test_clips_come_before_the_optimizer():
     params = {"w": jnp.zeros(4)}
     updates, _ = optimizer.update({"w": jnp.full(4, 10.0)}, optimizer.init(params), params)
     np.testing.assert_allclose(jnp.linalg.norm(updates["w"]), 1.0, rtol=1e-6)
-    assert set(CLIPS) == {"none", "global_norm", "matrix_norm", "value"}
+    assert set(CLIPS) == {"none", "global_norm", "finite_global_norm", "matrix_norm", "value"}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_counts_as_zero(bad):
+    clip = CLIPS["finite_global_norm"](1.0)
+    grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array(0.0)}
+    clipped, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(clipped["w"], [0.6, 0.8], rtol=1e-6)
+    clipped, _ = clip.update(grads | {"b": jnp.array(bad)}, clip.init(grads))
+    np.testing.assert_array_equal(clipped["w"], 0)
+    assert clipped["b"] == 0
 
 
 def test_excluded_weights_do_not_decay():
