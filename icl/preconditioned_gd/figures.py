@@ -1,28 +1,18 @@
 """Drawings: each takes what an entry measured and writes a PNG."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from icl import plotting
+
 BLUE, RED, GREEN, PURPLE, GREY = "tab:blue", "tab:red", "tab:green", "tab:purple", "0.35"
 
 
-def _figure(columns: int, rows: int = 1, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+_figure = functools.partial(plotting.figure, width=4.2, height=3.4)
 
 
 def _band(axes: Any, x: Sequence[float], values: np.ndarray, color: str, label: str, **style: Any) -> None:
@@ -72,7 +62,7 @@ def theorem3(values: dict[str, Any], path: Path) -> None:
         (values["gd"], PURPLE, "3 steps of GD"),
     ]
     _log_loss(axes[0, 3], values["curves"]["test/loss"], levels)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def theorem4(values: dict[str, Any], path: Path) -> None:
@@ -87,24 +77,25 @@ def theorem4(values: dict[str, Any], path: Path) -> None:
     _log_loss(axes[0, 2], values["curves"]["test/loss"], levels)
     for layer in range(3):
         _distances(axes[1, layer], layer, values["curves"], _A_DISTANCES, f"$A_{layer}$")
-    _save(figure, path)
+    plotting.save(figure, path)
+
+
+def _printed_matrix(axes: Any, entries: Sequence[Sequence[float]], title: str) -> None:
+    """A heat map with its entries printed."""
+    plotting.matrix(axes, entries, title)
+    array = np.array(entries)
+    for (row, column), entry in np.ndenumerate(array):
+        color = "white" if abs(entry) > 0.6 * np.abs(array).max() else "black"
+        axes.text(column, row, f"{entry:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 
 def heat_maps(values: dict[str, Any], path: Path) -> None:
     """Figures 2, 4 and 5: learned matrices of one seed, their entries printed."""
     matrices = values["matrices"]
     figure, axes = _figure(len(matrices), width=3.4, height=3.4)
-    for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
-        matrix = np.array(matrix)
-        limit = np.abs(matrix).max()
-        ax.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
-        for (row, column), entry in np.ndenumerate(matrix):
-            dark = abs(entry) > 0.6 * limit
-            ax.text(
-                column, row, f"{entry:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
-            )
-        ax.set(title=title, xticks=[], yticks=[])
-    _save(figure, path)
+    for ax, (title, entries) in zip(axes[0], matrices.items(), strict=True):
+        _printed_matrix(ax, entries, title)
+    plotting.save(figure, path)
 
 
 def theorem1(values: dict[str, Any], path: Path) -> None:
@@ -112,14 +103,8 @@ def theorem1(values: dict[str, Any], path: Path) -> None:
     spectra = values["spectra"]
     figure, axes = _figure(3, len(spectra), width=3.6, height=3.2)
     for row, (name, measured) in zip(axes, spectra.items(), strict=True):
-        learned, closed = np.array(measured["learned"]), np.array(measured["closed_form"])
-        limit = np.abs(closed).max()
-        for ax, matrix, title in ((row[0], learned, "learned"), (row[1], closed, "closed form")):
-            ax.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
-            for (i, j), entry in np.ndenumerate(matrix):
-                dark = abs(entry) > 0.6 * limit
-                ax.text(j, i, f"{entry:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
-            ax.set(title=f"{name}: {title}", xticks=[], yticks=[])
+        _printed_matrix(row[0], measured["learned"], f"{name}: learned")
+        _printed_matrix(row[1], measured["closed_form"], f"{name}: closed form")
         _band(
             row[2],
             measured["curve"]["step"],
@@ -129,7 +114,7 @@ def theorem1(values: dict[str, Any], path: Path) -> None:
         )
         row[2].set(xlabel="step", yscale="log")
         row[2].legend(fontsize=8)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def structure_and_loss(values: dict[str, Any], path: Path) -> None:
@@ -148,7 +133,7 @@ def structure_and_loss(values: dict[str, Any], path: Path) -> None:
         ax.set(xlabel="step", title="whitened $A$" if name.endswith("a") else "$B$", ylabel="multiple of I")
         ax.legend(fontsize=8)
     _log_loss(axes[0, -1], curves["test/loss"], [(values["exact"], "black", "exact optimum")])
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def comparison(values: dict[str, Any], path: Path, xlabel: str, logarithmic: bool) -> None:
@@ -175,7 +160,7 @@ def comparison(values: dict[str, Any], path: Path, xlabel: str, logarithmic: boo
     ax.plot(x, exact, "k_", ms=14, label="exact optimum of the stationary family")
     ax.set(xlabel=xlabel, ylabel="ln loss" if logarithmic else "loss", xticks=x)
     ax.legend(fontsize=8)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def basins(values: dict[str, Any], path: Path) -> None:
@@ -192,4 +177,4 @@ def basins(values: dict[str, Any], path: Path) -> None:
     ax.set(xticks=range(len(cells)), ylabel="fraction of seeds", ylim=(0, 1.25))
     ax.set_xticklabels(labels, fontsize=7)
     ax.legend(ncol=4, fontsize=8, loc="upper center")
-    _save(figure, path)
+    plotting.save(figure, path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from icl.preconditioned_gd import figures, measure, stationary, theory
+from icl.reporting import config_file, judged, numbers
 from training.report import Context, Entry, Row, Run
 from training.step import data_key, replica_points
 
@@ -26,16 +27,11 @@ SAME_SETUP = (
 Values = dict[str, Any]
 
 
-def _config(name: str, context: Context, **arguments: Any) -> str:
-    return f"{CONFIGS}/{name}.py:" + ",".join(f"{k}={v}" for k, v in {"scale": context.scale, **arguments}.items())
-
-
 def _test_prompts(context: Context) -> int:
     return 2**17 if context.scale == "cpu" else 2**21
 
 
-def _list(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:
-    return ", ".join(f"{float(v):.{digits}g}" for v in np.ravel(values))
+_list = functools.partial(numbers, digits=4)
 
 
 def _spread(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:
@@ -43,12 +39,6 @@ def _spread(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:
     values = np.ravel(np.asarray(values, float))
     ends = f" ({values.min():.{digits}g} to {values.max():.{digits}g})" if values.size > 1 else ""
     return f"{values.mean():.{digits}g}{ends}"
-
-
-def _row(values: Values, quantity: str, paper: str, ours: str, target: str, passed: Any) -> Row:
-    """A row with a criterion; a smaller run than the paper's is not judged by it."""
-    small = values["scale"] == "cpu"
-    return Row(quantity, paper, ours, f"at scale gpu: {target}" if small else target, None if small else bool(passed))
 
 
 def _within(values: Any, reference: Any, tolerance: float) -> bool:
@@ -61,7 +51,7 @@ def _within(values: Any, reference: Any, tolerance: float) -> bool:
 def _run_theorem1(context: Context) -> Values:
     spectra = {}
     for name in ("paper", "geometric"):
-        run = context.train(f"theorem1_{name}", _config("theorem1", context, spectrum=name))
+        run = context.train(f"theorem1_{name}", config_file(CONFIGS, "theorem1", context, spectrum=name))
         spectra[name] = _measure_theorem1(run, _test_prompts(context))
     return {"scale": context.scale, "spectra": spectra}
 
@@ -110,7 +100,7 @@ def _rows_theorem1(values: Values) -> list[Row]:
 
 
 def _run_theorem2(context: Context) -> Values:
-    run = context.train("theorem2", _config("theorem2", context))
+    run = context.train("theorem2", config_file(CONFIGS, "theorem2", context))
     optimum = stationary.optima(2, EXAMPLES, DIMENSION, with_b=False, tail=0.0)[0]
     return {
         "scale": context.scale,
@@ -155,7 +145,7 @@ def _rows_theorem2(values: Values) -> list[Row]:
 
 
 def _run_theorem3(context: Context) -> Values:
-    run = context.train("theorem3", _config("theorem3", context))
+    run = context.train("theorem3", config_file(CONFIGS, "theorem3", context))
     baselines = measure.descent_baselines(
         EXAMPLES, 3, run.config.task.variances, measure.COARSE_STEPS, measure.FINER_STEPS
     )
@@ -190,8 +180,8 @@ def _rows_figure1(values: Values) -> list[Row]:
             f"< {values['pgd']:.4f}",
             bool((losses < values["pgd"]).all()),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "training loss, last 2000 steps",
             "ln about -2",
             _spread(losses, 5),
@@ -199,24 +189,24 @@ def _rows_figure1(values: Values) -> list[Row]:
             _within(losses, exact, 0.02),
         ),
         Row("loss on fresh prompts", "", _spread(values["test"]["mean"], 5)),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "whitened A, sorted, mean over seeds",
             "-1.71, -0.69, -0.42",
             _list(np.sort(a).mean(0)),
             f"each seed within 2 % of {_list(expected)}",
             _within(np.sort(a), expected, 0.02),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "Dist of whitened A by layer, mean over seeds",
             "towards 0",
             _list(distances.mean(0), 2),
             "< 0.03",
             (distances.mean(0) < 0.03).all(),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "Dist of raw A",
             "stays constant",
             _spread(raw),
@@ -227,7 +217,7 @@ def _rows_figure1(values: Values) -> list[Row]:
 
 
 def _run_matrices(training: str, matrix: str, layers: Sequence[int], context: Context) -> Values:
-    run = context.train(training, _config(training, context))
+    run = context.train(training, config_file(CONFIGS, training, context))
     learned = np.array(measure.learned_matrices(run)[matrix])[0]
     letter = "$B_{}$" if matrix == "b" else r"$\Sigma^{{1/2}} A_{} \Sigma^{{1/2}}$"
     return {
@@ -247,8 +237,8 @@ def _rows_matrices(paper: Sequence[str], sort: bool, off_diagonal: float, values
         off = matrix - np.diag(diagonal)
         ours = f"{diagonal.min():.3f} to {diagonal.max():.3f}; off the diagonal at most {np.abs(off).max():.3f}"
         rows.append(
-            _row(
-                values,
+            judged(
+                values["scale"],
                 "diagonal",
                 printed,
                 ours,
@@ -263,7 +253,7 @@ def _rows_matrices(paper: Sequence[str], sort: bool, off_diagonal: float, values
 
 
 def _run_three_layers(training: str, context: Context) -> Values:
-    run = context.train(training, _config(training, context))
+    run = context.train(training, config_file(CONFIGS, training, context))
     first, second = stationary.three_layer_basins(EXAMPLES, DIMENSION)
     losses = measure.last_losses(run, 0.1)
     names = ["test/loss", *(f"structure/{name}" for name in ("dist_a", "dist_a_raw", "dist_b", "a", "b"))]
@@ -285,16 +275,16 @@ def _rows_figure3(values: Values) -> list[Row]:
     inside = [_within(x, basin["a"], 0.05) and _within(y[:2], basin["b"][:2], 0.03) for x, y in zip(a, b, strict=True)]
     log_test = np.log(values["test"]["mean"])
     return [
-        _row(
-            values,
+        judged(
+            values["scale"],
             "seeds in basin 1",
             "all shown",
             f"{sum(inside)} of {len(inside)}",
             f"at least 4 of 5 with A within 5 % of {_list(basin['a'])}, B within 3 % of {_list(basin['b'][:2])}",
             sum(inside) >= 4,
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "training loss, last 10 % of the steps",
             "",
             _spread(losses),
@@ -302,8 +292,8 @@ def _rows_figure3(values: Values) -> list[Row]:
             ((losses > 6.4e-4) & (losses < 7.6e-4)).all(),
         ),
         Row("the same, median over its batches: without rare prompts", "", _spread(values["median_losses"])),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "ln loss on fresh prompts, mean over seeds",
             "-7.12",
             _spread(log_test),
@@ -315,16 +305,16 @@ def _rows_figure3(values: Values) -> list[Row]:
             "",
             f"{np.mean(values['test']['median']):.3g}, {np.mean(values['test']['trimmed']):.3g}",
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "Dist of B, mean over seeds",
             "about 0.02, 0.01",
             _list(np.mean(values["dist_b"], axis=0)[:2], 2),
             "< 0.03",
             (np.mean(values["dist_b"], axis=0)[:2] < 0.03).all(),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "Dist of whitened A, mean over seeds",
             "about 0.04, 0.01, 0.01",
             _list(np.mean(values["dist_a"], axis=0), 2),
@@ -341,32 +331,32 @@ def _rows_identity(values: Values) -> list[Row]:
     distances = np.concatenate([np.array(values["dist_a"]), np.array(values["dist_b"])[:, :2]], axis=1)
     basin = values["basins"][1]
     return [
-        _row(
-            values,
+        judged(
+            values["scale"],
             "training loss, last 10 % of the steps",
             "1.55e-3, 1.31e-3, 1.19e-3 (notebook)",
             _spread(losses),
             f"1.1e-3 to 1.6e-3 (exact optimum of basin 2: {values['exact'][1]:.3g})",
             ((losses >= 1.1e-3) & (losses <= 1.6e-3)).all(),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "A, mean over seeds",
             "-0.71, -2.65, -7.1 (notebook)",
             _list(a.mean(0)),
             f"each seed within 3 % of -0.71, -2.65, -7.1; basin 2 is {_list(basin['a'])}",
             _within(a, (-0.71, -2.65, -7.1), 0.03),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "B, mean over seeds",
             "0.34, 0.34 (notebook)",
             _list(b.mean(0)[:2]),
             f"each seed within 3 % of 0.34, 0.34; basin 2 is {_list(basin['b'][:2])}",
             _within(b[:, :2], (0.34, 0.34), 0.03),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "largest Dist of A and B",
             "0.012 to 0.026 (notebook)",
             _spread(distances.max(1), 2),
@@ -385,16 +375,16 @@ def _draw_identity(values: Values, path: Path) -> None:
 def _rows_lbfgs(values: Values) -> list[Row]:
     losses, test = np.array(values["losses"]), np.array(values["test"]["mean"])
     return [
-        _row(
-            values,
+        judged(
+            values["scale"],
             "loss on the fixed batch",
             "6.24e-4, 5.27e-4, 6.09e-4 (notebook)",
             _spread(losses),
             "5.0e-4 to 6.6e-4",
             ((losses >= 5.0e-4) & (losses <= 6.6e-4)).all(),
         ),
-        _row(
-            values,
+        judged(
+            values["scale"],
             "loss on fresh prompts",
             "8.5e-4 (notebook)",
             _spread(test),
@@ -413,7 +403,7 @@ def _run_context_length(context: Context) -> Values:
     lengths = (4, 8, 12, 16, 20) if context.scale == "cpu" else tuple(range(2, 21, 2))
     points = []
     for n in lengths:
-        run = context.train(f"context_length/examples={n}", _config("context_length", context, examples=n))
+        run = context.train(f"context_length/examples={n}", config_file(CONFIGS, "context_length", context, examples=n))
         baselines = measure.descent_baselines(
             n, 3, run.config.task.variances, measure.FINER_STEPS, measure.COARSE_STEPS
         )
@@ -425,7 +415,7 @@ def _run_context_length(context: Context) -> Values:
 def _run_depth(context: Context) -> Values:
     points = []
     for layers in (1, 2, 3, 4):
-        run = context.train(f"depth/layers={layers}", _config("depth", context, layers=layers))
+        run = context.train(f"depth/layers={layers}", config_file(CONFIGS, "depth", context, layers=layers))
         baselines = measure.descent_baselines(
             EXAMPLES, layers, run.config.task.variances, measure.COARSE_STEPS, measure.FINER_STEPS
         )
@@ -472,8 +462,8 @@ def _rows_context_length(values: Values) -> list[Row]:
         bound = 1.5 * exact if n in (6, 8, 10, 20) else np.inf
         target = "below gradient descent" + (" and 1.5 times the exact optimum" if np.isfinite(bound) else "")
         rows.append(
-            _row(
-                values,
+            judged(
+                values["scale"],
                 f"n = {n}: transformer, trimmed mean",
                 "below GD and PGD",
                 _spread(ours),
@@ -510,8 +500,8 @@ def _rows_depth(values: Values) -> list[Row]:
         low, high = _DEPTH_TARGETS[layers]
         target = f"{low} to {high}" if np.isfinite(low) else f"<= {high}"
         rows.append(
-            _row(
-                values,
+            judged(
+                values["scale"],
                 f"{layers} layers: ln loss {how}, mean over seeds",
                 "near or below -8" if layers == 4 else "",
                 _spread(log_loss),
@@ -556,7 +546,7 @@ def _run_basins(context: Context) -> Values:
             }
             if config == "theorem4" and small:
                 overrides["optimizer.halve_every"] = "1000 steps"
-            run = context.train(f"basins/{config}_{data}", _config(config, context), overrides)
+            run = context.train(f"basins/{config}_{data}", config_file(CONFIGS, config, context), overrides)
             ends = zip(
                 replica_points(run.config),
                 run.result.metrics["structure/a"],
