@@ -8,7 +8,7 @@ import numpy as np
 from training.report import Context, Row
 
 
-def config_file(folder: str, name: str, context: Context, **arguments: Any) -> str:
+def config_file(folder: str, name: str, context: Context, /, **arguments: Any) -> str:
     """The config `folder/name.py` at the context's scale, with further arguments."""
     options = {"scale": context.scale, **arguments}
     return f"{folder}/{name}.py:" + ",".join(f"{key}={value}" for key, value in options.items())

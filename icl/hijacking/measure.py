@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import ndtr, ndtri
 
 from icl.hijacking.data import clean_gram, sample_hijack, sample_tasks
 from icl.hijacking.task import clean_accuracy, expected_errors
@@ -106,8 +107,6 @@ def bayes_accuracy(
     Returns:
       For each context length the mean accuracy and its standard error.
     """
-    from scipy.special import ndtr, ndtri
-
     rng = np.random.default_rng(seed)
     g = 1 + spread * rng.normal(size=(prompts, dimension))
     w = g / np.linalg.norm(g, axis=1, keepdims=True)

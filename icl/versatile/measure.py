@@ -17,6 +17,7 @@ from flax import nnx
 from icl.versatile.baselines import Spectral, Tuned, baseline_losses, oracle_losses, spectral, tune
 from icl.versatile.data import Sequences, interval_table, sample_sequences
 from icl.versatile.task import half_errors
+from icl.versatile.theory import diagonal_views
 
 EXAMPLES, DIMENSION = 20, 10
 
@@ -179,13 +180,11 @@ def _tied_share(matrix: np.ndarray, mask: np.ndarray) -> float:
 
 
 def layer_terms(model: nnx.Module, sigmas: Sequence[float], count: int) -> dict[str, list]:
-    """What a diagonal model's layers do, by noise level: means over prompts of the terms of Lemma A.1.
+    """What a diagonal model's layers do, by noise level: medians over prompts of the terms of Lemma A.1.
 
     Returns:
-      `rescale` (the s of `(1 + s) w`), `step`, `momentum` (norms of what is taken from w, relative to the norm of the
-      least-squares solution's step `g / n`), each [sigmas][layers].
+      `rescale` (the s of `(1 + s) w`), `step` and `momentum` (norms of what is taken from w), each [sigmas][layers].
     """
-    from icl.versatile.theory import diagonal_views
 
     def one(gram: jax.Array, omegas: Mapping[str, jax.Array]) -> list[jax.Array]:
         found = [terms for _, terms in diagonal_views(gram, omegas)]

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from icl.hijacking.language.prompts import Fact, render
-
-Logits = Callable[[jax.Array], jax.Array]
 
 
 class Scores(NamedTuple):
@@ -33,16 +32,16 @@ class Scores(NamedTuple):
 
 
 def score_facts(
-    logits: Logits, encode: Callable[[str], Sequence[int]], facts: Sequence[Fact], most: int, kind: str = "hijack"
+    model: nnx.Module, encode: Callable[[str], Sequence[int]], facts: Sequence[Fact], most: int, kind: str = "hijack"
 ) -> Scores:
-    """Scores text prompts; `logits` maps tokens [batch, time] to [batch, time, vocabulary], causally."""
+    """Scores text prompts; `model` maps tokens [batch, time] to logits [batch, time, vocabulary], causally."""
     answers = [tuple(list(encode(f" {answer}")) for answer in (f.correct, f.error)) for f in facts]
     prompts = [[list(encode(render(f, count, kind))) for count in range(most + 1)] for f in facts]
-    return score_tokens(logits, prompts, answers)
+    return score_tokens(model, prompts, answers)
 
 
 def score_tokens(
-    logits: Logits, prompts: Sequence[Sequence[list[int]]], answers: Sequence[tuple[list[int], list[int]]]
+    model: nnx.Module, prompts: Sequence[Sequence[list[int]]], answers: Sequence[tuple[list[int], list[int]]]
 ) -> Scores:
     """Scores token prompts [facts][k_max + 1] with a right and a wrong answer for each fact.
 
@@ -55,30 +54,32 @@ def score_tokens(
     for i, (prompt, answer) in enumerate(rows):
         padded[i, : len(prompt) + len(answer)] = prompt + answer
         target[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-    summed, top = (np.concatenate(parts) for parts in zip(*_in_batches(logits, padded, target), strict=True))
+    summed, top = (np.concatenate(parts) for parts in zip(*_in_batches(model, padded, target), strict=True))
     shape = len(prompts), -1, 2
     first = np.array([[answer[0] for answer in pair] for pair in answers])
     scores = summed.reshape(shape)
     return Scores(top.reshape(shape)[..., 0], scores[..., 0], scores[..., 1], first[:, 0], first[:, 1])
 
 
-def _in_batches(logits: Logits, padded: np.ndarray, target: np.ndarray, size: int = 64) -> list[tuple]:
-    @jax.jit
-    def score(tokens: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found = logits(tokens)
-        following = jnp.roll(tokens, -1, axis=1)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(found), following[..., None], axis=-1)[..., 0]
-        first = jnp.argmax(target, axis=1)
-        at = jnp.take_along_axis(found, first[:, None, None], axis=1)[:, 0]
-        return jnp.where(target, chosen, 0).sum(1), jnp.argmax(at, axis=-1)
-
+def _in_batches(model: nnx.Module, padded: np.ndarray, target: np.ndarray, size: int = 64) -> list[tuple]:
     parts = []
     for begin in range(0, len(padded), size):
         tokens, marks = (array[begin : begin + size] for array in (padded, target))
         fill = [(0, size - len(tokens)), (0, 0)]
-        found = score(np.pad(tokens, fill), np.pad(marks, fill))
+        found = _score(model, np.pad(tokens, fill), np.pad(marks, fill))
         parts.append(tuple(np.asarray(x)[: len(tokens)] for x in found))
     return parts
+
+
+@nnx.jit
+def _score(model: nnx.Module, tokens: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of what follows the marked positions, summed, and the likeliest token after the first of them."""
+    logits = model(tokens)
+    following = jnp.roll(tokens, -1, axis=1)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), following[..., None], axis=-1)[..., 0]
+    first = jnp.argmax(target, axis=1)
+    at = jnp.take_along_axis(logits, first[:, None, None], axis=1)[:, 0]
+    return jnp.where(target, chosen, 0).sum(1), jnp.argmax(at, axis=-1)
 
 
 def first_flips(scores: Scores) -> dict[str, np.ndarray]:

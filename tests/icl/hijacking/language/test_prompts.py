@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from icl.hijacking.language import scoring
 from icl.hijacking.language.prompts import KINDS, Fact, read_counterfact, render
@@ -124,17 +125,19 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         Tokenizer(tmp_path)
 
 
-def counting_model(tokens):
+class CountingModel(nnx.Module):
     """Predicts token 1 until three tokens 5 have gone by, then 2; the answers' second token, 3, always follows."""
-    seen = jnp.cumsum(tokens == 5, axis=1)
-    follows = jnp.where((tokens == 1) | (tokens == 2), 3, jnp.where(seen >= 3, 2, 1))
-    return 4.0 * (jnp.arange(8) == follows[..., None])
+
+    def __call__(self, tokens):
+        seen = jnp.cumsum(tokens == 5, axis=1)
+        follows = jnp.where((tokens == 1) | (tokens == 2), 3, jnp.where(seen >= 3, 2, 1))
+        return 4.0 * (jnp.arange(8) == follows[..., None])
 
 
 def test_scores_and_flips():
     prompts = [[[4, *[5] * k, 6] for k in range(6)], [[4, *[7] * k, 6] for k in range(6)]]
     answers = [([1, 3], [2, 3]), ([1], [2])]
-    scores = scoring.score_tokens(counting_model, prompts, answers)
+    scores = scoring.score_tokens(CountingModel(), prompts, answers)
     assert scores.top.tolist() == [[1, 1, 1, 2, 2, 2], [1] * 6]
     log_high = 4 - np.log(np.exp(4) + 7)
     np.testing.assert_allclose(scores.correct[0, :3], 2 * log_high, rtol=1e-5)  # both tokens of the answer
@@ -154,7 +157,7 @@ def test_text_scores(tokenizer):
     def encode(text):
         return [len(text) % 7 + 1]
 
-    scores = scoring.score_facts(counting_model, encode, [fact], 2)
+    scores = scoring.score_facts(CountingModel(), encode, [fact], 2)
     assert scores.top.shape == (1, 3)
     assert scores.correct_token.tolist() == [len(" hell") % 7 + 1]
 
