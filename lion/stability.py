@@ -35,7 +35,7 @@ CONSTRUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "ratio of products, float32": lambda a: _ratio(a, 0.0),
     "ratio with 1e-7 added, float32": lambda a: _ratio(a, 1e-7),
 }
-"""Lower triangles `[time, time]` from log-decays `[time]`, key side as in Eq. 9; the last two are the paper's listings."""
+"""Lower triangles `[time, time]` from log-decays `[time]`, key side (Eq. 9); the last two are listings of the paper."""
 
 
 def measure(time: int, mean_decay: float, seed: int = 0) -> dict[str, dict[str, float]]:
