@@ -90,13 +90,13 @@ class LinearMixer(nnx.Module):
             raise UserError(f"a width of {width} does not split into {heads} heads")
         self.heads, self.dim, self.layer, self.grid, self.class_token = heads, width // heads, layer, grid, class_token
         self.form, self.chunk_size, self.implementation = form, chunk_size, implementation
-        self.init = nnx.initializers.normal(stddev)
+        self.stddev = stddev
         self.qkv = self.linear(width, 3 * width, rngs=rngs)
         self.out = self.linear(width, width, rngs=rngs)
 
     def linear(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Linear:
         """A linear layer with the model's initial weights and a zero bias."""
-        return nnx.Linear(inputs, outputs, kernel_init=self.init, rngs=rngs)
+        return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.normal(self.stddev), rngs=rngs)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, `[batch, time, heads, dim]` each, of tokens `[batch, time, width]`."""

@@ -59,7 +59,8 @@ def lion_attention(
         itself and what comes after.
       form: "full" (Eq. 8; time^2 work and memory), "recurrent" (Theorem 3.1; one step a token, for inference),
         "chunked" (Theorem 3.2, the paper's: time^2 work, time x chunk memory) or "two_sided" (chunks with a state from
-        either side: work linear in time). None takes "full" for up to `FULL_UP_TO` tokens, else "two_sided".
+        either side: work linear in time). None is "two_sided", but "full" for scalar
+        decays, at most `FULL_UP_TO` tokens and no `chunk_size`.
       chunk_size: of the two chunk forms; by default an eighth of the time for "chunked", `TWO_SIDED_CHUNK` for
         "two_sided".
       implementation: "xla" or None.
@@ -78,7 +79,7 @@ def lion_attention(
         keep = padding_mask[..., None, None]
         q, k, v = (jnp.where(keep, x, 0) for x in (q, k, v))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    form = form or _choose(q.shape[2], decays)
+    form = form or ("two_sided" if chunk_size else _choose(q.shape[2], decays))
     places = [np.arange(q.shape[2])] if orders is None else [np.asarray(order) for order in orders]
     if form == "full" and len(places) > 1 and all(a is not None and a.shape[-1] == 1 for a in decays):
         positions = tuple(jnp.asarray(np.argsort(order)) for order in places)

@@ -22,6 +22,7 @@ def chunked(
         log_decay = jnp.zeros((1, 1, time, 1), acc)
     count = -(-time // chunk_size)
     q, k, v, log_decay = (_flat(chunks(x, chunk_size)) for x in (q, k, v, log_decay))
+    q = q.astype(acc)  # its gradient is a sum over chunks, and would be rounded after each of them
     position = jnp.arange(count * chunk_size)
     sums = cumulative(log_decay)
     by_chunk = jax.tree.map(lambda x: _leading_chunks(x, chunk_size), (k, v, sums))
@@ -73,8 +74,8 @@ def _diagonal_part(
         "forward": (position >= start + size, sums.before.minus(end), end.minus(key_sums.before)),
         "backward": (position < start, begin.minus(sums.through), key_sums.through.minus(begin)),
     }
-    inside = [jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (q, v)]
-    numerator, row_sum = within(inside[0], k, v, key_sums, direction)
+    inside = jax.lax.dynamic_slice_in_dim(q, start, size, 2)
+    numerator, row_sum = within(inside, k, v, key_sums, direction)
     numerator = _place(numerator, start, q.shape[2])
     row_sum = _place(row_sum, start, q.shape[2])
     for way, (seen, to_end, from_end) in outside.items():
