@@ -1,0 +1,1 @@
+"""Data sources that more than one experiment uses."""

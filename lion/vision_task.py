@@ -1,0 +1,166 @@
+"""Image classification as a task of the training loop, with DeiT's augmentation on the device."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data import augment
+from data.images import ImageSet, load
+from training.config import build
+from training.errors import UserError
+
+
+class Shuffled(Iterator):
+    """Batches of an image set without end, a fresh order every epoch; a pure function of the seed and the step."""
+
+    def __init__(self, data: ImageSet, batch_size: int, repeats: int, seed: int, index: int, count: int):
+        self._data, self._seed, self._step = data, seed, 0
+        self._distinct, self._repeats = batch_size // repeats, repeats
+        self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        per_epoch = len(self._data.images) // self._distinct
+        epoch, place = divmod(self._step, per_epoch)
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._data.images))
+        rows = np.repeat(order[place * self._distinct : (place + 1) * self._distinct], self._repeats)[self._mine]
+        self._step += 1
+        return {"image": self._data.images[rows], "label": self._data.labels[rows].astype(np.int32)}
+
+    def get_state(self) -> int:
+        return self._step
+
+    def set_state(self, state: int) -> None:
+        self._step = state
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageClassification:
+    """Images and labels; softmax cross-entropy with label smoothing.
+
+    Args:
+      model: the model's import path and arguments; it is also given `image_size`, `channels` and `classes`.
+      batch_size: images per step.
+      dataset: a key of `data.images.SOURCES`.
+      folder: where its files are.
+      crop: pixels by which a crop may be off its place.
+      flip: whether half of the images are mirrored.
+      jitter: of brightness, contrast and saturation.
+      erase: the share of images in which a rectangle is erased.
+      mixup: parameter of mixup's Beta distribution; 0 for none.
+      cutmix: parameter of cutmix's; 0 for none.
+      smoothing: of the labels.
+      repeats: copies of an image in a batch, each augmented on its own (repeated augmentation).
+      eval_batch: images that are evaluated at once.
+    """
+
+    model: Mapping[str, Any]
+    batch_size: int
+    dataset: str
+    folder: str
+    crop: int = 4
+    flip: bool = True
+    jitter: float = 0.3
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    repeats: int = 1
+    eval_batch: int = 500
+
+    resample_every = 1
+    batch_axis = 0
+
+    @property
+    def data(self) -> ImageSet:
+        return load(self.dataset, self.folder)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        return len(self.data.images)
+
+    def init(self, key: jax.Array) -> nnx.Module:
+        _, height, width, channels = self.data.images.shape
+        if height != width:
+            raise UserError(f"images are square; those of {self.dataset} are {height} x {width}")
+        return build(
+            self.model, image_size=height, channels=channels, classes=self.data.classes, rngs=nnx.Rngs(params=key)
+        )
+
+    def batches(self, seed: int, process_index: int, process_count: int) -> Shuffled:
+        if self.batch_size % self.repeats or not 0 < self.batch_size // self.repeats <= len(self.data.images):
+            raise UserError(
+                f"a batch of {self.batch_size} with {self.repeats} copies of each image does not fit the "
+                f"{len(self.data.images)} images of {self.dataset}; change batch_size or task.repeats"
+            )
+        return Shuffled(self.data, self.batch_size, self.repeats, seed, process_index, process_count)
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict]:
+        model.train()
+        crop, flip, jitter, erase, mix, drop = jax.random.split(key, 6)
+        images = self.scaled(batch["image"], _dtype(model))
+        images = augment.crop(crop, images, self.crop)
+        images = augment.flip(flip, images) if self.flip else images
+        images = augment.erase(erase, augment.jitter(jitter, images, self.jitter), self.erase)
+        classes = self.data.classes
+        targets = jax.nn.one_hot(batch["label"], classes) * (1 - self.smoothing) + self.smoothing / classes
+        images, targets = augment.mix(mix, images, targets, self.mixup, self.cutmix)
+        logits = model(images, nnx.Rngs(drop)).astype(jnp.float32)
+        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), {}
+
+    def evaluators(self) -> dict[str, Callable[..., dict[str, jax.Array]]]:
+        """Accuracy and loss on the test images, as they are."""
+
+        def test(model: nnx.Module, key: jax.Array) -> dict[str, jax.Array]:
+            model.eval()
+            graph, state = nnx.split(model)
+
+            def sums(batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                images, labels, counts = batch
+                logits = nnx.merge(graph, state)(self.scaled(images, _dtype(model))).astype(jnp.float32)
+                losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+                return jnp.sum(counts * (logits.argmax(-1) == labels)), jnp.sum(counts * losses)
+
+            right, losses = jax.lax.map(sums, self._test_batches())
+            total = len(self.data.test_images)
+            return {"accuracy": right.sum() / total, "loss": losses.sum() / total}
+
+        return {"test": test}
+
+    def scaled(self, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """uint8 images with zero mean and unit variance over the training set, in each channel."""
+        mean, deviation = _moments(self.dataset, self.folder)
+        return ((images.astype(jnp.float32) - mean) / deviation).astype(dtype)
+
+    def _test_batches(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images, labels and weights of the test set in batches; weight 0 for what fills up the last one."""
+        count = len(self.data.test_images)
+        size = min(self.eval_batch, count)
+        fill = -count % size
+
+        def cut(x: np.ndarray) -> jax.Array:
+            x = np.concatenate([x, np.zeros((fill, *x.shape[1:]), x.dtype)])
+            return jnp.asarray(x.reshape(-1, size, *x.shape[1:]))
+
+        labels = self.data.test_labels.astype(np.int32)
+        return cut(self.data.test_images), cut(labels), cut(np.ones(count, np.float32))
+
+
+def _dtype(model: nnx.Module) -> jnp.dtype:
+    """The dtype that the loop has cast the parameters to."""
+    return jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
+
+
+@functools.cache
+def _moments(dataset: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over the training images, from counts of the 256 values."""
+    images = load(dataset, folder).images
+    values = np.arange(256)
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    mean = counts @ values / counts.sum(-1)
+    return mean.astype(np.float32), np.sqrt(counts @ values**2 / counts.sum(-1) - mean**2).astype(np.float32)
