@@ -1,0 +1,765 @@
+"""The chunkwise delta rule as Mosaic GPU kernels for NVIDIA Hopper GPUs, forward and backward, in bfloat16.
+
+    invert     every chunk by itself: A = (I + M)^-1, kept for the backward as the sum of two bfloat16 matrices
+    sweep      the chunks in order, the state in registers: the output; or, for the backward, states S and rows N
+    reverse    the chunks in reverse order, the state's gradient dS in registers: dS of every chunk, and R = A^T dN
+    gradients  every chunk and 64 columns of the keys by themselves: dQ, dK, dV, and those of the numbers per token
+
+`sweep` and `reverse` give each head a block of their own. One warpgroup of it copies tiles from device memory ahead of
+time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
+DERIVATION.md.
+
+Rounding decides what keys that are alike do to the state: what enters a product whose result is carried from chunk to
+chunk is split into two bfloat16 matrices, the number and what its rounding lost. The state itself, an operand only,
+need not be split.
+
+A kernel needs an operand's rows to be whole swizzled lines of 64 numbers, so head sizes are 64, 128 and 256.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `refusal` says so
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from deltanet.delta_rule.chunked import d_chunk_log_decay
+
+CHUNK = 64  # also the smallest number of rows of the matrix unit
+COLUMNS = 64  # value columns of a warpgroup
+SIZES = (64, 128, 256)
+_BLOCK_SHARED_MEMORY = 227 * 1024
+_F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
+
+
+def padded_size(dim: int) -> int:
+    """The head size that the kernels run for `dim`."""
+    return next(size for size in SIZES if size >= dim)
+
+
+def refusal(dtype: jnp.dtype, dim: int, value_dim: int) -> str | None:
+    """Why these arguments are not served, or None."""
+    if jax.__version_info__ < (0, 11):
+        return f"the GPU kernels need JAX 0.11; this is {jax.__version__}"
+    if dtype != jnp.bfloat16:
+        return f"the GPU kernels take bfloat16, not {dtype}"
+    if max(dim, value_dim) > SIZES[-1]:
+        return f"the GPU kernels take head sizes up to {SIZES[-1]}, not {max(dim, value_dim)}"
+    return None
+
+
+class _Layout(NamedTuple):
+    """Sizes and static choices of a problem."""
+
+    batch: int
+    time: int
+    heads: int
+    dim: int
+    value_dim: int
+    rows: int  # numbers per token: 1 for beta, 2 with the log-decay, 3 with the starts of segments
+    scale: float
+    interpret: Any
+
+    @property
+    def chunks(self) -> int:
+        return self.time // CHUNK
+
+    @property
+    def gated(self) -> bool:
+        return self.rows > 1
+
+    @property
+    def packed(self) -> bool:
+        return self.rows > 2
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups that compute, in a block of a sweep."""
+        return min(2, self.value_dim // COLUMNS)
+
+    @property
+    def slices(self) -> int:
+        """Blocks that share the value columns of a head."""
+        return self.value_dim // (COLUMNS * self.warpgroups)
+
+
+# Shared memory, registers and products.
+
+
+def _tile(*shape: int, dtype: jnp.dtype = _BF16) -> Any:
+    """A tile that the matrix unit reads: 128-byte lines, swizzled."""
+    line = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(128)))
+
+
+def _load(ref: Any) -> jax.Array:
+    """A tile in registers, float32."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(_F32)
+
+
+def _along_rows(ref: Any) -> jax.Array:
+    """A vector [n] in registers, entry i with row i of a matrix."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def _along_columns(ref: Any) -> jax.Array:
+    """A vector [n] in registers, entry j with column j of a matrix."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
+
+
+def _scale_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
+    return x * lax.broadcast_in_dim(vector, x.shape, [0])
+
+
+def _row_and_column(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+
+
+def _t(ref: Any) -> Any:
+    return ref.transpose((1, 0))
+
+
+def _product(*pairs: tuple[Any, Any]) -> jax.Array:
+    """The sum of products of tiles in shared memory, float32."""
+    shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+
+    def body(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(body, plgpu.ACC(shape, _F32))
+
+
+def _add_product(x: jax.Array, *pairs: tuple[Any, Any], interpret: Any) -> jax.Array:
+    """`x` plus a sum of products, accumulated in place."""
+    if interpret:  # the interpreter has no initial values for accumulators
+        return x + _product(*pairs)
+
+    def body(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+
+    return pl.run_state(body)(plgpu.ACC.init(x))
+
+
+def _store_split(refs: Any, x: jax.Array) -> None:
+    """Writes `x` as the sum of two bfloat16 tiles, `refs[0] + refs[1]`."""
+    high = x.astype(_BF16)
+    refs.at[0][...] = high
+    refs.at[1][...] = (x - high.astype(_F32)).astype(_BF16)
+
+
+# Decay. `rows` is a reference to the numbers per token of a chunk, [1 to 3, chunk] in shared memory.
+
+
+def _pairs(rows: Any, layout: _Layout, *, transposed: bool = False) -> jax.Array:
+    """Gamma, [chunk, chunk]: ones on and below the diagonal where there is no decay."""
+    i, j = _row_and_column((CHUNK, CHUNK))
+    if transposed:
+        i, j = j, i
+    reaches = i >= j
+    if not layout.gated:
+        return jnp.where(reaches, 1.0, 0.0)
+
+    def difference(ref):
+        row = lax.broadcast_in_dim(_along_rows(ref), (CHUNK, CHUNK), [0])
+        column = lax.broadcast_in_dim(_along_columns(ref), (CHUNK, CHUNK), [1])
+        return column - row if transposed else row - column
+
+    if layout.packed:
+        reaches = reaches & (difference(rows.at[2]) == 0)
+    # The mask comes before the exponential, which could overflow above the diagonal.
+    return jnp.exp(jnp.where(reaches, difference(rows.at[1]), -jnp.inf))
+
+
+def _entry(rows: Any, layout: _Layout) -> jax.Array:
+    """gamma, [chunk], along rows."""
+    factor = jnp.exp(_along_rows(rows.at[1]))
+    return jnp.where(_along_rows(rows.at[2]) == 0, factor, 0.0) if layout.packed else factor
+
+
+def _exit(rows: Any, layout: _Layout) -> jax.Array:
+    """lambda, [chunk], along rows."""
+    factor = jnp.exp(rows[1, CHUNK - 1] - _along_rows(rows.at[1]))
+    return jnp.where(_along_rows(rows.at[2]) == rows[2, CHUNK - 1], factor, 0.0) if layout.packed else factor
+
+
+def _whole(rows: Any, layout: _Layout) -> jax.Array:
+    """The decay of the state over the chunk, a number."""
+    factor = jnp.exp(rows[1, CHUNK - 1])
+    return jnp.where(rows[2, CHUNK - 1] == 0, factor, 0.0) if layout.packed else factor
+
+
+def _kernel(body: Callable, name: str, layout: _Layout, **options) -> Callable:
+    """A kernel with Lane semantics: the search for layouts of the other semantics does not end on these kernels."""
+    body.__name__ = f"delta_rule_{name}"
+    semantics = plgpu.LoweringSemantics.Lane
+    return plgpu.kernel(
+        body,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=True),
+        interpret=layout.interpret or None,
+        **options,
+    )
+
+
+# Kernel 1: the inverse.
+
+
+def _invert(k: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
+    """A of every chunk as a sum of two: [2, batch, heads, time, chunk], bfloat16.
+
+    The blocks of the diagonal double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves, one
+    step of Newton's iteration with a residual of twice the digits removes.
+    """
+
+    def body(k_ref, rows_ref, inverse_ref, *, k_s, rows_s, x_s, y_s, m_s, out_s, loaded):
+        b, h, n = (lax.axis_index(name) for name in ("batch", "heads", "chunks"))
+        tokens = pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_s, loaded)
+        for row in range(layout.rows):
+            plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_s.at[row], loaded)
+        plgpu.barrier_wait(loaded)
+        i, j = _row_and_column((CHUNK, CHUNK))
+        differs = i ^ j
+        unit = jnp.where(i == j, 1.0, 0.0)
+        m = _scale_rows(_product((k_s, _t(k_s))), _along_rows(rows_s.at[0]))
+        if layout.gated:
+            m = m * _pairs(rows_s, layout)
+        m = jnp.where(i > j, m, 0.0)
+        x = unit - jnp.where(differs == 1, m, 0.0)
+        size = 2
+        while size < CHUNK:
+            x_s[...] = x.astype(_F16)
+            m_s.at[0][...] = jnp.where((differs >= size) & (differs < 2 * size), m, 0.0).astype(_F16)
+            plgpu.commit_smem()
+            y_s[...] = _product((m_s.at[0], x_s)).astype(_F16)
+            plgpu.commit_smem()
+            x = x - _product((x_s, y_s))
+            size *= 2
+        rounded = x.astype(_F16)
+        x_s[...] = rounded
+        high = m.astype(_F16)
+        m_s.at[0][...] = high
+        m_s.at[1][...] = (m - high.astype(_F32)).astype(_F16)
+        plgpu.commit_smem()
+        x = rounded.astype(_F32)
+        residual = unit - x - _product((m_s.at[0], x_s), (m_s.at[1], x_s))
+        y_s[...] = residual.astype(_F16)
+        plgpu.commit_smem()
+        _store_split(out_s, x + _product((x_s, y_s)))
+        plgpu.commit_smem()
+        for part in range(2):
+            plgpu.copy_smem_to_gmem(out_s.at[part], inverse_ref.at[part, b, h, tokens])
+        plgpu.wait_smem_to_gmem(0)
+
+    return _kernel(
+        body,
+        "invert",
+        layout,
+        out_type=jax.ShapeDtypeStruct((2, layout.batch, layout.heads, layout.time, CHUNK), _BF16),
+        grid=(layout.batch, layout.heads, layout.chunks),
+        grid_names=("batch", "heads", "chunks"),
+        scratch_types={
+            "k_s": _tile(CHUNK, layout.dim),
+            "rows_s": plgpu.SMEM((layout.rows, CHUNK), _F32),
+            "x_s": _tile(CHUNK, CHUNK, dtype=_F16),
+            "y_s": _tile(CHUNK, CHUNK, dtype=_F16),
+            "m_s": _tile(2, CHUNK, CHUNK, dtype=_F16),
+            "out_s": _tile(2, CHUNK, CHUNK),
+            "loaded": plgpu.Barrier(num_arrivals=1 + layout.rows),
+        },
+    )(k, rows)
+
+
+# Kernels 2 and 3: the sweeps.
+
+
+class _Tiles(NamedTuple):
+    """What a sweep copies for each chunk, with as many slots as stages."""
+
+    keys: Sequence[Any]  # references to [batch, time, heads, dim]
+    value: Any  # reference to [batch, time, heads, value_dim], of which each warpgroup gets its columns
+    inverse: Any
+    rows: Any
+
+
+def _stages(layout: _Layout, keys: int, fixed: int) -> int:
+    """Slots of the copies: two, or one where shared memory holds no more."""
+    slot = 2 * CHUNK * (keys * layout.dim + layout.warpgroups * COLUMNS + 2 * CHUNK) + 4 * layout.rows * CHUNK
+    return min(2, layout.chunks, (_BLOCK_SHARED_MEMORY - 1024 - fixed) // slot)
+
+
+def _slots(layout: _Layout, stages: int, keys: int) -> dict[str, Any]:
+    """Shared memory of the copies of a sweep, and the barriers between who copies and who computes."""
+    return {
+        "keys_s": [_tile(stages, CHUNK, layout.dim) for _ in range(keys)],
+        "value_s": _tile(stages, layout.warpgroups, CHUNK, COLUMNS),
+        "inverse_s": _tile(stages, 2, CHUNK, CHUNK),
+        "rows_s": plgpu.SMEM((stages, layout.rows, CHUNK), _F32),
+        "full": plgpu.Barrier(num_arrivals=keys + layout.warpgroups + 2 + layout.rows, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=layout.warpgroups, num_barriers=stages),
+    }
+
+
+def _columns(layout: _Layout, warpgroup: jax.Array) -> Any:
+    """The value columns of a warpgroup."""
+    return pl.ds((lax.axis_index("slices") * layout.warpgroups + warpgroup) * COLUMNS, COLUMNS)
+
+
+def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: _Layout, stages: int, *, backwards: bool) -> None:
+    """The copying warpgroup of a sweep: fills the slots, each as soon as all warpgroups have released it."""
+    b, h = lax.axis_index("batch"), lax.axis_index("heads")
+    full, empty = slots["full"], slots["empty"]
+
+    def fetch(step, slot):
+        chunk = layout.chunks - 1 - step if backwards else step
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        copies = [(ref.at[b, tokens, h], s.at[slot]) for ref, s in zip(tiles.keys, slots["keys_s"], strict=True)]
+        copies += [
+            (tiles.value.at[b, tokens, h, _columns(layout, w)], slots["value_s"].at[slot, w])
+            for w in range(layout.warpgroups)
+        ]
+        copies += [(tiles.inverse.at[part, b, h, tokens], slots["inverse_s"].at[slot, part]) for part in range(2)]
+        copies += [(tiles.rows.at[row, b, h, tokens], slots["rows_s"].at[slot, row]) for row in range(layout.rows)]
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+    for step in range(stages):
+        fetch(step, step)
+
+    @pl.loop(0, layout.chunks - stages)
+    def _(step):
+        slot = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(empty.at[slot])
+        fetch(step + stages, slot)
+
+    @pl.loop(layout.chunks - stages, layout.chunks)
+    def _(step):
+        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+
+
+def _in_roles(layout: _Layout, copy: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
+    """Splits the warpgroups of a block: the last copies, the others compute and get the registers that it leaves."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == layout.warpgroups)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        copy()
+
+    @pl.when(warpgroup < layout.warpgroups)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        compute(warpgroup)
+
+
+def _sweep_options(layout: _Layout) -> dict[str, Any]:
+    return {
+        "grid": (layout.batch, layout.heads, layout.slices),
+        "grid_names": ("batch", "heads", "slices"),
+        "num_threads": layout.warpgroups + 1,
+        "thread_name": "warpgroup",
+    }
+
+
+def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
+    """The chunks in order. With `q` the output like `v`; without, the state before each chunk [batch, heads, chunks,
+    dim, value_dim] and N like `v`, both bfloat16. Always the final state last.
+    """
+    outputs = q is not None
+    operands = (q, k) if outputs else (k,)
+    state_shape = jax.ShapeDtypeStruct(state.shape, _F32)
+    value_shape = jax.ShapeDtypeStruct(v.shape, _BF16)
+    before_shape = jax.ShapeDtypeStruct((*state.shape[:2], layout.chunks, *state.shape[2:]), _BF16)
+    wg = layout.warpgroups
+    # N is needed with and without its decay to the end of the chunk.
+    tiles = 2 + outputs * (1 + layout.gated) + (not outputs) * layout.gated
+    stages = _stages(layout, len(operands), 2 * wg * COLUMNS * (layout.dim + tiles * CHUNK))
+
+    def body(*refs, state_s, n_s, plain_s=None, output_s=None, **slots):
+        *key_refs, value_ref, inverse_ref, rows_ref, initial_ref = refs[: len(operands) + 4]
+        *out_refs, final_ref = refs[len(operands) + 4 :]
+        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+        full, empty = slots["full"], slots["empty"]
+
+        def compute(w):
+            columns = _columns(layout, w)
+            state_t, n_t = state_s.at[w], n_s.at[w]
+            plain_t = plain_s.at[w] if layout.gated else n_t.at[0]
+
+            def step(n, state):
+                slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
+                key_t, inverse_t, rows_t = slots["keys_s"][-1].at[slot], slots["inverse_s"].at[slot], slots["rows_s"].at[slot]
+                if not outputs:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, the state's
+                state_t[...] = state.astype(_BF16)
+                plgpu.commit_smem()
+                if not outputs:
+                    plgpu.copy_smem_to_gmem(state_t, out_refs[0].at[b, h, n, :, columns])
+                plgpu.barrier_wait(full.at[slot])
+
+                def main(predicted, *accumulators):
+                    plgpu.wgmma(predicted, key_t, state_t)
+                    if outputs:  # these run while the step waits for other things
+                        query_t = slots["keys_s"][0].at[slot]
+                        scores, read = accumulators
+                        plgpu.wgmma(scores, query_t, _t(key_t))
+                        plgpu.wgmma(read, query_t, state_t)
+                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=len(accumulators))
+                    if layout.gated:
+                        prediction = _scale_rows(prediction, _entry(rows_t, layout))
+                    error = _scale_rows(_load(slots["value_s"].at[slot, w]) - prediction, _along_rows(rows_t.at[0]))
+                    return error, *(plgpu.wgmma_accumulator_load(x, wait_n=0) for x in accumulators)
+
+                shapes = [(CHUNK, COLUMNS), (CHUNK, CHUNK), (CHUNK, COLUMNS)][: 1 + 2 * outputs]
+                error, *read_out = pl.run_scoped(main, *(plgpu.ACC(shape, _F32) for shape in shapes))
+                plgpu.wait_smem_to_gmem(0 if outputs else 1, wait_read_only=True)
+                _store_split(n_t, error)
+                if outputs:
+                    scores, read = read_out
+                    output_s.at[w][...] = (scores * (layout.scale * _pairs(rows_t, layout))).astype(_BF16)
+                plgpu.commit_smem()
+                rows_n = _product(
+                    (inverse_t.at[0], n_t.at[0]), (inverse_t.at[1], n_t.at[0]), (inverse_t.at[0], n_t.at[1])
+                )
+                if layout.gated:
+                    plain_t[...] = rows_n.astype(_BF16)
+                    rows_n = _scale_rows(rows_n, _exit(rows_t, layout))
+                    state = state * _whole(rows_t, layout)
+                _store_split(n_t, rows_n)
+                plgpu.commit_smem()
+                if not outputs:
+                    plgpu.copy_smem_to_gmem(plain_t, out_refs[1].at[b, tokens, h, columns])
+                state = _add_product(
+                    state, (_t(key_t), n_t.at[0]), (_t(key_t), n_t.at[1]), interpret=layout.interpret
+                )
+                if outputs:
+                    read = read * layout.scale
+                    if layout.gated:
+                        read = _scale_rows(read, _entry(rows_t, layout))
+                    output = _add_product(read, (output_s.at[w], plain_t), interpret=layout.interpret)
+                    output_s.at[w][...] = output.astype(_BF16)  # over the scores, which are spent
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(output_s.at[w], out_refs[0].at[b, tokens, h, columns])
+                plgpu.barrier_arrive(empty.at[slot])
+                return state
+
+            initial = plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+            final_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, initial)
+            plgpu.wait_smem_to_gmem(0)
+
+        tiles = _Tiles(key_refs, value_ref, inverse_ref, rows_ref)
+        _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
+
+    scratch = {"state_s": _tile(wg, layout.dim, COLUMNS), "n_s": _tile(wg, 2, CHUNK, COLUMNS)}
+    if layout.gated:
+        scratch["plain_s"] = _tile(wg, CHUNK, COLUMNS)
+    if outputs:
+        scratch["output_s"] = _tile(wg, CHUNK, COLUMNS)
+    return _kernel(
+        body,
+        "output" if outputs else "states",
+        layout,
+        out_type=(value_shape, state_shape) if outputs else (before_shape, value_shape, state_shape),
+        scratch_types=scratch | _slots(layout, stages, len(operands)),
+        **_sweep_options(layout),
+    )(*operands, v, inverse, rows, state)
+
+
+def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
+    """The chunks in reverse order: the gradient of the state after each chunk, R like the values, and the gradient of
+    the initial state.
+    """
+    wg = layout.warpgroups
+    state_shape = jax.ShapeDtypeStruct(d_final.shape, _F32)
+    after_shape = jax.ShapeDtypeStruct((*d_final.shape[:2], layout.chunks, *d_final.shape[2:]), _BF16)
+    stages = _stages(layout, 2, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
+
+    def body(*refs, d_state_s, n_s, r_s, **slots):
+        q_ref, k_ref, d_output_ref, inverse_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
+        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+        full, empty = slots["full"], slots["empty"]
+
+        def compute(w):
+            columns = _columns(layout, w)
+            d_state_t, n_t, r_t = d_state_s.at[w], n_s.at[w], r_s.at[w]
+
+            def step(i, d_state):
+                slot, n = lax.rem(i, jnp.int32(stages)), layout.chunks - 1 - i
+                query_t, key_t = (slots["keys_s"][x].at[slot] for x in (0, 1))
+                d_output_t, inverse_t = slots["value_s"].at[slot, w], slots["inverse_s"].at[slot]
+                rows_t = slots["rows_s"].at[slot]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, the state's
+                d_state_t[...] = d_state.astype(_BF16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, n, :, columns])
+                plgpu.barrier_wait(full.at[slot])
+
+                def main(d_n, scores):
+                    plgpu.wgmma(scores, key_t, _t(query_t))
+                    plgpu.wgmma(d_n, key_t, d_state_t)
+                    return plgpu.wgmma_accumulator_load(scores, wait_n=1), d_n[...]
+
+                scores, d_n = pl.run_scoped(main, plgpu.ACC((CHUNK, CHUNK), _F32), plgpu.ACC((CHUNK, COLUMNS), _F32))
+                scores = scores * (layout.scale * _pairs(rows_t, layout, transposed=True))
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                r_t[...] = scores.astype(_BF16)
+                plgpu.commit_smem()
+                if layout.gated:
+                    d_n = _scale_rows(d_n, _exit(rows_t, layout))
+                _store_split(n_t, _add_product(d_n, (r_t, d_output_t), interpret=layout.interpret))
+                scaled = _load(d_output_t) * layout.scale
+                if layout.gated:
+                    scaled = _scale_rows(scaled, _entry(rows_t, layout))
+                    d_state = d_state * _whole(rows_t, layout)
+                d_output_t[...] = scaled.astype(_BF16)
+                plgpu.commit_smem()
+                high, low = _t(inverse_t.at[0]), _t(inverse_t.at[1])
+                r = _product((high, n_t.at[0]), (low, n_t.at[0]), (high, n_t.at[1]))
+                r_t[...] = r.astype(_BF16)  # over the scores, which are spent
+                leaving = _scale_rows(-r, _along_rows(rows_t.at[0]))
+                if layout.gated:
+                    leaving = _scale_rows(leaving, _entry(rows_t, layout))
+                _store_split(n_t, leaving)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+                d_state = _add_product(
+                    d_state,
+                    (_t(query_t), d_output_t),
+                    (_t(key_t), n_t.at[0]),
+                    (_t(key_t), n_t.at[1]),
+                    interpret=layout.interpret,
+                )
+                plgpu.barrier_arrive(empty.at[slot])
+                return d_state
+
+            d_final = plgpu.load(d_final_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+            d_initial_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, d_final)
+            plgpu.wait_smem_to_gmem(0)
+
+        tiles = _Tiles((q_ref, k_ref), d_output_ref, inverse_ref, rows_ref)
+        _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=True), compute)
+
+    return _kernel(
+        body,
+        "reverse",
+        layout,
+        out_type=(after_shape, jax.ShapeDtypeStruct(d_output.shape, _BF16), state_shape),
+        scratch_types={
+            "d_state_s": _tile(wg, layout.dim, COLUMNS),
+            "n_s": _tile(wg, 2, CHUNK, COLUMNS),
+            "r_s": _tile(wg, CHUNK, COLUMNS),
+            **_slots(layout, stages, 2),
+        },
+        **_sweep_options(layout),
+    )(q, k, d_output, inverse, rows, d_final)
+
+
+# Kernel 4: the gradients of a chunk.
+
+_SLICE = 64  # key columns of a block
+# Numbers per token that a block adds up over its key columns: the gradient of beta; of the cumulative log-decay, in a
+# part along rows and one along columns; what the tokens' decay to the end of the chunk contributes to its last entry;
+# and, per key column instead of per token, the product of the state and its gradient.
+_PARTS = 5
+
+
+def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layout):
+    """dQ, dK, dV like the arguments, and the parts of the numbers per token, [slices, 1 or 5, batch, heads, time]."""
+    slices, groups = layout.dim // _SLICE, layout.value_dim // COLUMNS
+    own_groups = max(1, groups // slices)  # groups of value columns whose dV a block writes
+    width = own_groups * COLUMNS
+    parts = _PARTS if layout.gated else 1
+
+    def body(
+        q_ref, k_ref, v_ref, d_output_ref, pseudo_ref, r_ref, before_ref, after_ref, rows_ref,
+        d_q_ref, d_k_ref, d_v_ref, parts_ref,
+        *, q_s, k_s, v_s, d_output_s, n_s, r_s, before_s, after_s, rows_s, parts_s, wide, states, narrow,
+    ):  # fmt: skip
+        b, h, n, piece = (lax.axis_index(name) for name in ("batch", "heads", "chunks", "slices"))
+        tokens, key_columns = pl.ds(n * CHUNK, CHUNK), pl.ds(piece * _SLICE, _SLICE)
+        own = piece * width < layout.value_dim
+        # A block without value columns of its own loads the first; nothing that it makes of them is used.
+        value_columns = pl.ds(jnp.where(own, piece * width, 0), width)
+        for ref, s in ((d_output_ref, d_output_s), (pseudo_ref, n_s), (r_ref, r_s)):
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], s, wide)
+        for ref, s in ((before_ref, before_s), (after_ref, after_s)):
+            plgpu.copy_gmem_to_smem(ref.at[b, h, n, key_columns], s, states)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, key_columns], q_s, narrow)
+        plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, key_columns], k_s, narrow)
+        plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, value_columns], v_s, narrow)
+        for row in range(layout.rows):
+            plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_s.at[row], narrow)
+
+        plgpu.barrier_wait(wide)
+        d_scores = _product((d_output_s, _t(n_s)))
+        d_m = -_product((r_s, _t(n_s)))
+        plgpu.barrier_wait(states)
+        from_state = _product((d_output_s, _t(before_s)))
+        prediction = _product((r_s, _t(before_s)))
+        to_state = _product((n_s, _t(after_s)))
+        plgpu.barrier_wait(narrow)
+        beta = _along_rows(rows_s.at[0])
+        i, j = _row_and_column((CHUNK, CHUNK))
+        d_m = jnp.where(i > j, d_m, 0.0)
+        pairs = _pairs(rows_s, layout)
+        if layout.gated:
+            # The scores and M of these key columns alone: what is made of them is summed over the blocks.
+            scores = _product((q_s, _t(k_s))) * (layout.scale * pairs)
+            m = _scale_rows(_product((k_s, _t(k_s))) * pairs, beta)
+            both = d_scores * scores + d_m * m
+            entry, leave = _entry(rows_s, layout), _exit(rows_s, layout)
+            leaving = leave * (to_state * _load(k_s)).sum(axis=1)
+            through = (from_state * _load(q_s)).sum(axis=1) * layout.scale
+            through -= beta * (prediction * _load(k_s)).sum(axis=1)
+            parts_s.at[1][...] = both.sum(axis=1) - leaving + entry * through
+            parts_s.at[2][...] = -both.sum(axis=0)
+            parts_s.at[3][...] = leaving
+            parts_s.at[4][...] = (_load(before_s) * _load(after_s)).sum(axis=1)
+            from_state, prediction = _scale_rows(from_state, entry), _scale_rows(prediction, entry)
+            to_state = _scale_rows(to_state, leave)
+        # The tiles of the states and of N are spent; they take D, Y and B Y.
+        d_t, y_t, beta_y_t = before_s.at[:, pl.ds(0, CHUNK)], after_s.at[:, pl.ds(0, CHUNK)], n_s.at[:, pl.ds(0, CHUNK)]
+        d_t[...] = (layout.scale * d_scores * pairs).astype(_BF16)
+        y = d_m * pairs
+        y_t[...] = y.astype(_BF16)
+        beta_y_t[...] = _scale_rows(y, beta).astype(_BF16)
+        plgpu.commit_smem()
+        d_q = layout.scale * from_state + _product((d_t, k_s))
+        # A product of its own for X: beta may be zero, and the gradient of beta needs X itself.
+        through_k = _product((y_t, k_s)) - prediction
+        d_k = to_state + _scale_rows(through_k, beta) + _product((_t(d_t), q_s), (_t(beta_y_t), k_s))
+        d_beta = (through_k * _load(k_s)).sum(axis=1)
+        counts = jnp.where(own, 1.0, 0.0)
+        for group in range(own_groups):
+            columns = pl.ds(group * COLUMNS, COLUMNS)
+            own_r = _load(r_s.at[:, pl.ds(value_columns.start + group * COLUMNS, COLUMNS)])
+            value_t = v_s.at[:, columns]
+            d_beta += counts * (own_r * _load(value_t)).sum(axis=1)
+            value_t[...] = _scale_rows(own_r, beta).astype(_BF16)
+        parts_s.at[0][...] = d_beta
+        q_s[...], k_s[...] = d_q.astype(_BF16), d_k.astype(_BF16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, d_q_ref.at[b, tokens, h, key_columns])
+        plgpu.copy_smem_to_gmem(k_s, d_k_ref.at[b, tokens, h, key_columns])
+        for part in range(parts):
+            plgpu.copy_smem_to_gmem(parts_s.at[part], parts_ref.at[piece, part, b, h, tokens])
+
+        @pl.when(own)
+        def _():
+            plgpu.copy_smem_to_gmem(v_s, d_v_ref.at[b, tokens, h, value_columns])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, _BF16) for x in (q, k, v)]
+    parts_shape = jax.ShapeDtypeStruct((slices, parts, layout.batch, layout.heads, layout.time), _F32)
+    return _kernel(
+        body,
+        "gradients",
+        layout,
+        out_type=(*shapes, parts_shape),
+        grid=(layout.batch, layout.heads, layout.chunks, slices),
+        grid_names=("batch", "heads", "chunks", "slices"),
+        scratch_types={
+            "q_s": _tile(CHUNK, _SLICE),
+            "k_s": _tile(CHUNK, _SLICE),
+            "v_s": _tile(CHUNK, width),
+            "d_output_s": _tile(CHUNK, layout.value_dim),
+            "n_s": _tile(CHUNK, layout.value_dim),
+            "r_s": _tile(CHUNK, layout.value_dim),
+            "before_s": _tile(_SLICE, layout.value_dim),
+            "after_s": _tile(_SLICE, layout.value_dim),
+            "rows_s": plgpu.SMEM((layout.rows, CHUNK), _F32),
+            "parts_s": plgpu.SMEM((parts, CHUNK), _F32),
+            "wide": plgpu.Barrier(num_arrivals=3),
+            "states": plgpu.Barrier(num_arrivals=2),
+            "narrow": plgpu.Barrier(num_arrivals=3 + layout.rows),
+        },
+    )(q, k, v, d_output, pseudo, r, before, after, rows)
+
+
+# The differentiable function.
+
+
+def _rows(beta: jax.Array, g: jax.Array | None, starts: jax.Array | None) -> jax.Array:
+    """The numbers per token, [1 to 3, batch, heads, time], float32; the sums are those inside a chunk."""
+
+    def in_chunks(x):
+        return jnp.cumsum(x.reshape(*x.shape[:2], -1, CHUNK), axis=-1).reshape(x.shape)
+
+    rows = [jnp.swapaxes(beta, 1, 2).astype(_F32)]
+    if g is not None or starts is not None:
+        rows.append(jnp.zeros_like(rows[0]) if g is None else in_chunks(jnp.swapaxes(g, 1, 2).astype(_F32)))
+    if starts is not None:
+        rows.append(in_chunks(jnp.broadcast_to(starts[:, None].astype(_F32), rows[0].shape)))
+    return jnp.stack(rows)
+
+
+def _layout(q: jax.Array, v: jax.Array, rows: jax.Array, scale: float, interpret: Any) -> _Layout:
+    return _Layout(*q.shape, v.shape[-1], rows.shape[0], float(scale), interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def pallas_delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    g: jax.Array | None,
+    starts: jax.Array | None,
+    state: jax.Array,
+    scale: float,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The delta rule on a Hopper GPU; arguments and results as in `chunked_delta_rule`, in bfloat16.
+
+    `time` is a multiple of `CHUNK`, head sizes are among `SIZES`. `interpret`, a `plgpu.InterpretGPUParams`, runs the
+    kernels without a GPU.
+    """
+    return _forward(q, k, v, beta, g, starts, state, scale, interpret)[0]
+
+
+def _forward(q, k, v, beta, g, starts, state, scale, interpret):
+    rows = _rows(beta, g, starts)
+    layout = _layout(q, v, rows, scale, interpret)
+    inverse = _invert(k, rows, layout)
+    output, final = _sweep(q, k, v, inverse, rows, state.astype(_F32), layout)
+    return (output, final.astype(state.dtype)), (q, k, v, beta, g, starts, state, inverse)
+
+
+def _backward(scale, interpret, residuals, cotangents):
+    q, k, v, beta, g, starts, state, inverse = residuals
+    rows = _rows(beta, g, starts)
+    layout = _layout(q, v, rows, scale, interpret)
+    d_output = cotangents[0].astype(_BF16)
+    before, pseudo, _ = _sweep(None, k, v, inverse, rows, state.astype(_F32), layout)
+    after, r, d_state = _reverse(q, k, d_output, inverse, rows, cotangents[1].astype(_F32), layout)
+    d_q, d_k, d_v, parts = _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout)
+    d_beta = jnp.swapaxes(parts[:, 0].sum(0), 1, 2).astype(beta.dtype)
+    d_g = None if g is None else _d_log_decay(parts, rows, layout).astype(g.dtype)
+    d_starts = None if starts is None else jnp.zeros_like(starts)
+    return d_q, d_k, d_v, d_beta, d_g, d_starts, d_state.astype(state.dtype)
+
+
+def _d_log_decay(parts: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
+    """The gradient of the log-decay, [batch, time, heads], from its parts."""
+
+    def in_chunks(x):
+        return x.reshape(*x.shape[:-1], layout.chunks, CHUNK)
+
+    column, row, leaving = (in_chunks(parts[:, part].sum(0)) for part in (1, 2, 3))
+    whole = jnp.exp(in_chunks(rows[1])[..., -1])
+    if layout.packed:
+        whole = jnp.where(in_chunks(rows[2])[..., -1] == 0, whole, 0)
+    at_end = leaving.sum(-1) + whole * in_chunks(parts[:, 4]).sum((0, -1))
+    d_log_decay = (column + row).at[..., -1].add(at_end)
+    return jnp.swapaxes(d_chunk_log_decay(d_log_decay).reshape(rows.shape[1:]), 1, 2)
+
+
+pallas_delta_rule.defvjp(_forward, _backward)
