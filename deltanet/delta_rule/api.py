@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -224,14 +225,15 @@ def _run_recurrent(problem: _Problem) -> tuple[jax.Array, jax.Array]:
 def _run_reference(problem: _Problem) -> tuple[jax.Array, jax.Array]:
     q, k, v, beta, g, starts, state, scale = problem
     segment_ids = None if starts is None else jnp.cumsum(starts, axis=1).astype(jnp.int32)
-    output, final = reference.delta_rule(
-        q, k, v, beta, g, scale=scale, initial_state=state, segment_ids=segment_ids
-    )
+    output, final = reference.delta_rule(q, k, v, beta, g, scale=scale, initial_state=state, segment_ids=segment_ids)
     return output.astype(v.dtype), final.astype(state.dtype)
 
 
-def _run_pallas(module, problem: _Problem) -> tuple[jax.Array, jax.Array]:
-    return _padded(problem, module.CHUNK, module.padded_size, module.pallas_delta_rule)
+def run_kernels(module: ModuleType, problem: _Problem, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
+    """Runs `pallas_gpu` or `pallas_tpu`; `interpret` is what their functions take to run without the device."""
+    return _padded(
+        problem, module.CHUNK, module.padded_size, lambda *arguments: module.pallas_delta_rule(*arguments, interpret)
+    )
 
 
 def _refusal_gpu(problem: _Problem) -> str | None:
@@ -254,9 +256,9 @@ def _serves(problem: _Problem) -> None:
     """The refusal of an implementation that serves everything."""
 
 
-_IMPLEMENTATIONS = {
-    "pallas_gpu": (_refusal_gpu, partial(_run_pallas, pallas_gpu)),
-    "pallas_tpu": (_refusal_tpu, partial(_run_pallas, pallas_tpu)),
+IMPLEMENTATIONS = {
+    "pallas_gpu": (_refusal_gpu, partial(run_kernels, pallas_gpu)),
+    "pallas_tpu": (_refusal_tpu, partial(run_kernels, pallas_tpu)),
     "chunked": (_serves, _run_chunked),
     "recurrent": (_serves, _run_recurrent),
     "reference": (_serves, _run_reference),
@@ -267,13 +269,15 @@ def _choose(problem: _Problem, implementation: str | Sequence[str] | None) -> Ca
     """The first implementation that serves; the log says why others do not."""
     names = AUTOMATIC if implementation is None else implementation
     names = (names,) if isinstance(names, str) else tuple(names)
-    if unknown := [name for name in names if name not in _IMPLEMENTATIONS]:
-        raise ValueError(f"no implementation {unknown[0]!r}: choose from {', '.join(_IMPLEMENTATIONS)}")
+    if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
+        raise ValueError(f"no implementation {unknown[0]!r}: choose from {', '.join(IMPLEMENTATIONS)}")
     reasons = []
     for name in names:
-        refusal, run = _IMPLEMENTATIONS[name]
+        refusal, run = IMPLEMENTATIONS[name]
         if (reason := refusal(problem)) is None:
             _log.debug("delta_rule runs %s; %s", name, "; ".join(reasons) or "it is the first choice")
             return run
         reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}")
+    raise NotImplementedError(
+        f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}"
+    )

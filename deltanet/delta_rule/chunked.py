@@ -261,7 +261,9 @@ def _wide(x: jax.Array) -> jnp.dtype:
 
 
 def _widen(chunk: _Chunks) -> _Chunks:
-    return chunk._replace(q=chunk.q.astype(_wide(chunk.q)), k=chunk.k.astype(_wide(chunk.k)), v=chunk.v.astype(_wide(chunk.v)))
+    return chunk._replace(
+        q=chunk.q.astype(_wide(chunk.q)), k=chunk.k.astype(_wide(chunk.k)), v=chunk.v.astype(_wide(chunk.v))
+    )
 
 
 def _precision(dtype: jnp.dtype) -> Precision:

@@ -9,9 +9,8 @@
 time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
 DERIVATION.md.
 
-Rounding decides what keys that are alike do to the state: what enters a product whose result is carried from chunk to
-chunk is split into two bfloat16 matrices, the number and what its rounding lost. The state itself, an operand only,
-need not be split.
+Where keys are alike, sums over the tokens of a chunk cancel, and rounding decides what is left. What enters such a sum
+is therefore split into two bfloat16 matrices, the number and what its rounding lost; the state, dO and R need not be.
 
 A kernel needs an operand's rows to be whole swizzled lines of 64 numbers, so head sizes are 64, 128 and 256.
 """
@@ -148,11 +147,20 @@ def _add_product(x: jax.Array, *pairs: tuple[Any, Any], interpret: Any) -> jax.A
     return pl.run_state(body)(plgpu.ACC.init(x))
 
 
-def _store_split(refs: Any, x: jax.Array) -> None:
+def _split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
+    """The pairs of the product of two split matrices; the product of both remainders is below float32's rounding."""
+    return (a[0], b[0]), (a[1], b[0]), (a[0], b[1])
+
+
+def _parts(refs: Any) -> tuple[Any, Any]:
+    return refs.at[0], refs.at[1]
+
+
+def _store_split(refs: Sequence[Any], x: jax.Array) -> None:
     """Writes `x` as the sum of two bfloat16 tiles, `refs[0] + refs[1]`."""
     high = x.astype(_BF16)
-    refs.at[0][...] = high
-    refs.at[1][...] = (x - high.astype(_F32)).astype(_BF16)
+    refs[0][...] = high
+    refs[1][...] = (x - high.astype(_F32)).astype(_BF16)
 
 
 # Decay. `rows` is a reference to the numbers per token of a chunk, [1 to 3, chunk] in shared memory.
@@ -252,7 +260,7 @@ def _invert(k: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
         residual = unit - x - _product((m_s.at[0], x_s), (m_s.at[1], x_s))
         y_s[...] = residual.astype(_F16)
         plgpu.commit_smem()
-        _store_split(out_s, x + _product((x_s, y_s)))
+        _store_split(_parts(out_s), x + _product((x_s, y_s)))
         plgpu.commit_smem()
         for part in range(2):
             plgpu.copy_smem_to_gmem(out_s.at[part], inverse_ref.at[part, b, h, tokens])
@@ -370,19 +378,18 @@ def _sweep_options(layout: _Layout) -> dict[str, Any]:
 
 def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
     """The chunks in order. With `q` the output like `v`; without, the state before each chunk [batch, heads, chunks,
-    dim, value_dim] and N like `v`, both bfloat16. Always the final state last.
+    dim, value_dim], and N split, [2, ...] like `v`; all bfloat16. Always the final state last.
     """
     outputs = q is not None
     operands = (q, k) if outputs else (k,)
     state_shape = jax.ShapeDtypeStruct(state.shape, _F32)
-    value_shape = jax.ShapeDtypeStruct(v.shape, _BF16)
+    v_shape, split_shape = jax.ShapeDtypeStruct(v.shape, _BF16), jax.ShapeDtypeStruct((2, *v.shape), _BF16)
     before_shape = jax.ShapeDtypeStruct((*state.shape[:2], layout.chunks, *state.shape[2:]), _BF16)
     wg = layout.warpgroups
-    # N is needed with and without its decay to the end of the chunk.
-    tiles = 2 + outputs * (1 + layout.gated) + (not outputs) * layout.gated
+    tiles = 4 if outputs else 2
     stages = _stages(layout, len(operands), 2 * wg * COLUMNS * (layout.dim + tiles * CHUNK))
 
-    def body(*refs, state_s, n_s, plain_s=None, output_s=None, **slots):
+    def body(*refs, state_s, n_s, scores_s=None, **slots):
         *key_refs, value_ref, inverse_ref, rows_ref, initial_ref = refs[: len(operands) + 4]
         *out_refs, final_ref = refs[len(operands) + 4 :]
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
@@ -390,14 +397,15 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
 
         def compute(w):
             columns = _columns(layout, w)
-            state_t, n_t = state_s.at[w], n_s.at[w]
-            plain_t = plain_s.at[w] if layout.gated else n_t.at[0]
+            state_t, n_t = state_s.at[w], _parts(n_s.at[w])
+            scores_t = _parts(scores_s.at[w]) if outputs else None
 
             def step(n, state):
                 slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
-                key_t, inverse_t, rows_t = slots["keys_s"][-1].at[slot], slots["inverse_s"].at[slot], slots["rows_s"].at[slot]
+                key_t, rows_t = slots["keys_s"][-1].at[slot], slots["rows_s"].at[slot]
+                inverse_t = _parts(slots["inverse_s"].at[slot])
                 if not outputs:
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, the state's
+                    plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # of the three of the chunk before, the state's
                 state_t[...] = state.astype(_BF16)
                 plgpu.commit_smem()
                 if not outputs:
@@ -423,30 +431,30 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
                 _store_split(n_t, error)
                 if outputs:
                     scores, read = read_out
-                    output_s.at[w][...] = (scores * (layout.scale * _pairs(rows_t, layout))).astype(_BF16)
+                    _store_split(scores_t, scores * (layout.scale * _pairs(rows_t, layout)))
                 plgpu.commit_smem()
-                rows_n = _product(
-                    (inverse_t.at[0], n_t.at[0]), (inverse_t.at[1], n_t.at[0]), (inverse_t.at[0], n_t.at[1])
-                )
+                rows_n = _product(*_split_product(inverse_t, n_t))
+                leaving = rows_n
                 if layout.gated:
-                    plain_t[...] = rows_n.astype(_BF16)
-                    rows_n = _scale_rows(rows_n, _exit(rows_t, layout))
+                    leaving = _scale_rows(rows_n, _exit(rows_t, layout))
                     state = state * _whole(rows_t, layout)
-                _store_split(n_t, rows_n)
+                _store_split(n_t, leaving)
                 plgpu.commit_smem()
-                if not outputs:
-                    plgpu.copy_smem_to_gmem(plain_t, out_refs[1].at[b, tokens, h, columns])
-                state = _add_product(
-                    state, (_t(key_t), n_t.at[0]), (_t(key_t), n_t.at[1]), interpret=layout.interpret
-                )
+                state = _add_product(state, *((_t(key_t), x) for x in n_t), interpret=layout.interpret)
+                if layout.gated:  # the rest needs N without its decay to the end of the chunk
+                    _store_split(n_t, rows_n)
+                    plgpu.commit_smem()
                 if outputs:
                     read = read * layout.scale
                     if layout.gated:
                         read = _scale_rows(read, _entry(rows_t, layout))
-                    output = _add_product(read, (output_s.at[w], plain_t), interpret=layout.interpret)
-                    output_s.at[w][...] = output.astype(_BF16)  # over the scores, which are spent
+                    output = _add_product(read, *_split_product(scores_t, n_t), interpret=layout.interpret)
+                    scores_t[0][...] = output.astype(_BF16)  # over the scores, which are spent
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(output_s.at[w], out_refs[0].at[b, tokens, h, columns])
+                    plgpu.copy_smem_to_gmem(scores_t[0], out_refs[0].at[b, tokens, h, columns])
+                else:
+                    for part in range(2):
+                        plgpu.copy_smem_to_gmem(n_t[part], out_refs[1].at[part, b, tokens, h, columns])
                 plgpu.barrier_arrive(empty.at[slot])
                 return state
 
@@ -458,15 +466,13 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
         _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
 
     scratch = {"state_s": _tile(wg, layout.dim, COLUMNS), "n_s": _tile(wg, 2, CHUNK, COLUMNS)}
-    if layout.gated:
-        scratch["plain_s"] = _tile(wg, CHUNK, COLUMNS)
     if outputs:
-        scratch["output_s"] = _tile(wg, CHUNK, COLUMNS)
+        scratch["scores_s"] = _tile(wg, 2, CHUNK, CHUNK)
     return _kernel(
         body,
         "output" if outputs else "states",
         layout,
-        out_type=(value_shape, state_shape) if outputs else (before_shape, value_shape, state_shape),
+        out_type=(v_shape, state_shape) if outputs else (before_shape, split_shape, state_shape),
         scratch_types=scratch | _slots(layout, stages, len(operands)),
         **_sweep_options(layout),
     )(*operands, v, inverse, rows, state)
@@ -488,13 +494,13 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
 
         def compute(w):
             columns = _columns(layout, w)
-            d_state_t, n_t, r_t = d_state_s.at[w], n_s.at[w], r_s.at[w]
+            d_state_t, n_t, r_t = d_state_s.at[w], _parts(n_s.at[w]), r_s.at[w]
 
             def step(i, d_state):
                 slot, n = lax.rem(i, jnp.int32(stages)), layout.chunks - 1 - i
                 query_t, key_t = (slots["keys_s"][x].at[slot] for x in (0, 1))
-                d_output_t, inverse_t = slots["value_s"].at[slot, w], slots["inverse_s"].at[slot]
-                rows_t = slots["rows_s"].at[slot]
+                d_output_t, rows_t = slots["value_s"].at[slot, w], slots["rows_s"].at[slot]
+                inverse_t = tuple(_t(part) for part in _parts(slots["inverse_s"].at[slot]))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, the state's
                 d_state_t[...] = d_state.astype(_BF16)
                 plgpu.commit_smem()
@@ -520,8 +526,7 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
                     d_state = d_state * _whole(rows_t, layout)
                 d_output_t[...] = scaled.astype(_BF16)
                 plgpu.commit_smem()
-                high, low = _t(inverse_t.at[0]), _t(inverse_t.at[1])
-                r = _product((high, n_t.at[0]), (low, n_t.at[0]), (high, n_t.at[1]))
+                r = _product(*_split_product(inverse_t, n_t))
                 r_t[...] = r.astype(_BF16)  # over the scores, which are spent
                 leaving = _scale_rows(-r, _along_rows(rows_t.at[0]))
                 if layout.gated:
@@ -532,8 +537,7 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
                 d_state = _add_product(
                     d_state,
                     (_t(query_t), d_output_t),
-                    (_t(key_t), n_t.at[0]),
-                    (_t(key_t), n_t.at[1]),
+                    *((_t(key_t), x) for x in n_t),
                     interpret=layout.interpret,
                 )
                 plgpu.barrier_arrive(empty.at[slot])
@@ -580,30 +584,42 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layou
     def body(
         q_ref, k_ref, v_ref, d_output_ref, pseudo_ref, r_ref, before_ref, after_ref, rows_ref,
         d_q_ref, d_k_ref, d_v_ref, parts_ref,
-        *, q_s, k_s, v_s, d_output_s, n_s, r_s, before_s, after_s, rows_s, parts_s, wide, states, narrow,
+        *, q_s, k_s, d_output_s, n_s, r_s, before_s, after_s, rows_s, parts_s, wide, kept, narrow, values,
     ):  # fmt: skip
         b, h, n, piece = (lax.axis_index(name) for name in ("batch", "heads", "chunks", "slices"))
         tokens, key_columns = pl.ds(n * CHUNK, CHUNK), pl.ds(piece * _SLICE, _SLICE)
         own = piece * width < layout.value_dim
         # A block without value columns of its own loads the first; nothing that it makes of them is used.
-        value_columns = pl.ds(jnp.where(own, piece * width, 0), width)
-        for ref, s in ((d_output_ref, d_output_s), (pseudo_ref, n_s), (r_ref, r_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], s, wide)
-        for ref, s in ((before_ref, before_s), (after_ref, after_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, h, n, key_columns], s, states)
+        first = jnp.where(own, piece * width, 0)
+        n_t = _parts(n_s)
+        for group in range(groups):
+            columns = pl.ds(group * COLUMNS, COLUMNS)
+            plgpu.copy_gmem_to_smem(d_output_ref.at[b, tokens, h, columns], d_output_s.at[group], wide)
+            plgpu.copy_gmem_to_smem(r_ref.at[b, tokens, h, columns], r_s.at[group], wide)
+            for part in range(2):
+                plgpu.copy_gmem_to_smem(pseudo_ref.at[part, b, tokens, h, columns], n_t[part].at[group], wide)
+            for ref, s in ((before_ref, before_s), (after_ref, after_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, h, n, key_columns, columns], s.at[group], kept)
         plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, key_columns], q_s, narrow)
         plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, key_columns], k_s, narrow)
-        plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, value_columns], v_s, narrow)
         for row in range(layout.rows):
             plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_s.at[row], narrow)
 
+        def over_values(a, *b):
+            """`a b^T`, summed over the groups of value columns, and over split `b`."""
+            return _product(*((a.at[group], _t(x.at[group])) for x in b for group in range(groups)))
+
         plgpu.barrier_wait(wide)
-        d_scores = _product((d_output_s, _t(n_s)))
-        d_m = -_product((r_s, _t(n_s)))
-        plgpu.barrier_wait(states)
-        from_state = _product((d_output_s, _t(before_s)))
-        prediction = _product((r_s, _t(before_s)))
-        to_state = _product((n_s, _t(after_s)))
+        d_scores = over_values(d_output_s, *n_t)
+        d_m = -over_values(r_s, *n_t)
+        plgpu.barrier_wait(kept)
+        from_state = over_values(d_output_s, before_s)
+        prediction = over_values(r_s, before_s)
+        to_state = over_values(n_t[0], after_s)
+        # From here on these tiles but R's are spent. The values come to where dO was, group by group of columns.
+        value_t = d_output_s.at[0]
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, pl.ds(first, COLUMNS)], value_t, values)
         plgpu.barrier_wait(narrow)
         beta = _along_rows(rows_s.at[0])
         i, j = _row_and_column((CHUNK, CHUNK))
@@ -621,40 +637,47 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layou
             parts_s.at[1][...] = both.sum(axis=1) - leaving + entry * through
             parts_s.at[2][...] = -both.sum(axis=0)
             parts_s.at[3][...] = leaving
-            parts_s.at[4][...] = (_load(before_s) * _load(after_s)).sum(axis=1)
+            states = (_load(before_s.at[group]) * _load(after_s.at[group]) for group in range(groups))
+            parts_s.at[4][...] = sum(states).sum(axis=1)
             from_state, prediction = _scale_rows(from_state, entry), _scale_rows(prediction, entry)
             to_state = _scale_rows(to_state, leave)
-        # The tiles of the states and of N are spent; they take D, Y and B Y.
-        d_t, y_t, beta_y_t = before_s.at[:, pl.ds(0, CHUNK)], after_s.at[:, pl.ds(0, CHUNK)], n_s.at[:, pl.ds(0, CHUNK)]
-        d_t[...] = (layout.scale * d_scores * pairs).astype(_BF16)
+        d_t, y_t = (before_s.at[0], n_t[0].at[0]), (after_s.at[0], n_t[1].at[0])
+        _store_split(d_t, layout.scale * d_scores * pairs)
         y = d_m * pairs
-        y_t[...] = y.astype(_BF16)
-        beta_y_t[...] = _scale_rows(y, beta).astype(_BF16)
+        _store_split(y_t, y)
         plgpu.commit_smem()
-        d_q = layout.scale * from_state + _product((d_t, k_s))
+        d_q = layout.scale * from_state + _product(*((x, k_s) for x in d_t))
         # A product of its own for X: beta may be zero, and the gradient of beta needs X itself.
-        through_k = _product((y_t, k_s)) - prediction
-        d_k = to_state + _scale_rows(through_k, beta) + _product((_t(d_t), q_s), (_t(beta_y_t), k_s))
+        through_k = _product(*((x, k_s) for x in y_t)) - prediction
+        d_k = to_state + _scale_rows(through_k, beta) + _product((_t(d_t[0]), q_s))
+        y_t[0][...] = _scale_rows(y, beta).astype(_BF16)
+        plgpu.commit_smem()
+        d_k += _product((_t(y_t[0]), k_s))
         d_beta = (through_k * _load(k_s)).sum(axis=1)
-        counts = jnp.where(own, 1.0, 0.0)
-        for group in range(own_groups):
-            columns = pl.ds(group * COLUMNS, COLUMNS)
-            own_r = _load(r_s.at[:, pl.ds(value_columns.start + group * COLUMNS, COLUMNS)])
-            value_t = v_s.at[:, columns]
-            d_beta += counts * (own_r * _load(value_t)).sum(axis=1)
-            value_t[...] = _scale_rows(own_r, beta).astype(_BF16)
-        parts_s.at[0][...] = d_beta
         q_s[...], k_s[...] = d_q.astype(_BF16), d_k.astype(_BF16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, d_q_ref.at[b, tokens, h, key_columns])
         plgpu.copy_smem_to_gmem(k_s, d_k_ref.at[b, tokens, h, key_columns])
+        counts = jnp.where(own, 1.0, 0.0)
+        for group in range(own_groups):
+            columns = pl.ds(first + group * COLUMNS, COLUMNS)
+            if group:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, columns], value_t, values)
+            plgpu.barrier_wait(values)
+            own_r = _load(r_s.at[lax.div(first, COLUMNS) + group])
+            d_beta += counts * (own_r * _load(value_t)).sum(axis=1)
+            value_t[...] = _scale_rows(own_r, beta).astype(_BF16)
+            plgpu.commit_smem()
+
+            @pl.when(own)
+            def _(columns=columns):
+                plgpu.copy_smem_to_gmem(value_t, d_v_ref.at[b, tokens, h, columns])
+
+        parts_s.at[0][...] = d_beta
+        plgpu.commit_smem()
         for part in range(parts):
             plgpu.copy_smem_to_gmem(parts_s.at[part], parts_ref.at[piece, part, b, h, tokens])
-
-        @pl.when(own)
-        def _():
-            plgpu.copy_smem_to_gmem(v_s, d_v_ref.at[b, tokens, h, value_columns])
-
         plgpu.wait_smem_to_gmem(0)
 
     shapes = [jax.ShapeDtypeStruct(x.shape, _BF16) for x in (q, k, v)]
@@ -669,17 +692,17 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layou
         scratch_types={
             "q_s": _tile(CHUNK, _SLICE),
             "k_s": _tile(CHUNK, _SLICE),
-            "v_s": _tile(CHUNK, width),
-            "d_output_s": _tile(CHUNK, layout.value_dim),
-            "n_s": _tile(CHUNK, layout.value_dim),
-            "r_s": _tile(CHUNK, layout.value_dim),
-            "before_s": _tile(_SLICE, layout.value_dim),
-            "after_s": _tile(_SLICE, layout.value_dim),
+            "d_output_s": _tile(groups, CHUNK, COLUMNS),
+            "n_s": _tile(2, groups, CHUNK, COLUMNS),
+            "r_s": _tile(groups, CHUNK, COLUMNS),
+            "before_s": _tile(groups, _SLICE, COLUMNS),
+            "after_s": _tile(groups, _SLICE, COLUMNS),
             "rows_s": plgpu.SMEM((layout.rows, CHUNK), _F32),
             "parts_s": plgpu.SMEM((parts, CHUNK), _F32),
-            "wide": plgpu.Barrier(num_arrivals=3),
-            "states": plgpu.Barrier(num_arrivals=2),
-            "narrow": plgpu.Barrier(num_arrivals=3 + layout.rows),
+            "wide": plgpu.Barrier(num_arrivals=4 * groups),
+            "kept": plgpu.Barrier(num_arrivals=2 * groups),
+            "narrow": plgpu.Barrier(num_arrivals=2 + layout.rows),
+            "values": plgpu.Barrier(),
         },
     )(q, k, v, d_output, pseudo, r, before, after, rows)
 
@@ -715,7 +738,7 @@ def pallas_delta_rule(
     starts: jax.Array | None,
     state: jax.Array,
     scale: float,
-    interpret: Any = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The delta rule on a Hopper GPU; arguments and results as in `chunked_delta_rule`, in bfloat16.
 

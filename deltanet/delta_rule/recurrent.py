@@ -50,7 +50,9 @@ def recurrent_delta_rule(
     """The delta rule token by token; arguments and results as in `chunked_delta_rule`, `time` a multiple of `BLOCK`."""
     decay = None if g is None else jnp.exp(g.astype(state.dtype))
     if starts is not None:
-        decay = (1 if decay is None else decay) * jnp.broadcast_to(1 - starts[..., None], beta.shape).astype(state.dtype)
+        decay = (1 if decay is None else decay) * jnp.broadcast_to(1 - starts[..., None], beta.shape).astype(
+            state.dtype
+        )
 
     def token(state, inputs):
         return update(state, *inputs, scale)
