@@ -33,6 +33,7 @@ CHUNK = 64  # also the smallest number of rows of the matrix unit
 COLUMNS = 64  # value columns of a warpgroup
 SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
+_MULTIPROCESSORS = 132
 _F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
@@ -78,8 +79,9 @@ class _Layout(NamedTuple):
 
     @property
     def warpgroups(self) -> int:
-        """Warpgroups that compute, in a block of a sweep."""
-        return min(2, self.value_dim // COLUMNS)
+        """Warpgroups that compute, in a block of a sweep: with few heads, one, so that more multiprocessors work."""
+        groups = self.value_dim // COLUMNS
+        return 2 if groups > 1 and self.batch * self.heads * groups > _MULTIPROCESSORS else 1
 
     @property
     def slices(self) -> int:
@@ -135,16 +137,35 @@ def _product(*pairs: tuple[Any, Any]) -> jax.Array:
     return pl.run_scoped(body, plgpu.ACC(shape, _F32))
 
 
-def _add_product(x: jax.Array, *pairs: tuple[Any, Any], interpret: Any) -> jax.Array:
-    """`x` plus a sum of products, accumulated in place."""
-    if interpret:  # the interpreter has no initial values for accumulators
-        return x + _product(*pairs)
+def _scoped(body: Callable, *shapes: tuple[int, int]) -> Any:
+    """Runs `body` with accumulators of these shapes. Products run while it goes on, until it waits for them."""
+    return pl.run_scoped(body, *(plgpu.ACC(shape, _F32) for shape in shapes))
 
-    def body(accumulator):
-        for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
 
-    return pl.run_state(body)(plgpu.ACC.init(x))
+def _issue(accumulator: Any, *pairs: tuple[Any, Any]) -> None:
+    """Starts to add products of tiles in shared memory to an accumulator."""
+    for a, b in pairs:
+        plgpu.wgmma(accumulator, a, b)
+
+
+class _Sum:
+    """An accumulator that starts at a value."""
+
+    def __init__(self, accumulator: Any, value: jax.Array, layout: _Layout) -> None:
+        self._accumulator, self._value = accumulator, value
+        # The interpreter has no initial values of accumulators.
+        self._later = bool(layout.interpret)
+        if not self._later:
+            accumulator[...] = value
+
+    def issue(self, *pairs: tuple[Any, Any]) -> None:
+        """Starts to add products."""
+        _issue(self._accumulator, *pairs)
+
+    def load(self, pending: int) -> jax.Array:
+        """The sum, once only so many products, the last ones issued, may still run."""
+        total = plgpu.wgmma_accumulator_load(self._accumulator, wait_n=pending)
+        return self._value + total if self._later else total
 
 
 def _split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
@@ -205,12 +226,19 @@ def _whole(rows: Any, layout: _Layout) -> jax.Array:
 
 
 def _kernel(body: Callable, name: str, layout: _Layout, **options) -> Callable:
-    """A kernel with Lane semantics: the search for layouts of the other semantics does not end on these kernels."""
+    """A kernel with Lane semantics: the search for layouts of the other semantics does not end on these kernels.
+
+    Barriers are ours to place. A warpgroup's four warps meet in `commit_smem` and in `wait_smem_to_gmem`; between the
+    last wait for a product and a store over one of its operands there must be such a meeting, because another warp may
+    still be reading.
+    """
     body.__name__ = f"delta_rule_{name}"
     semantics = plgpu.LoweringSemantics.Lane
     return plgpu.kernel(
         body,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=semantics, approx_math=True, unsafe_no_auto_barriers=True
+        ),
         interpret=layout.interpret or None,
         **options,
     )
@@ -226,61 +254,76 @@ def _invert(k: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
     step of Newton's iteration with a residual of twice the digits removes.
     """
 
-    def body(k_ref, rows_ref, inverse_ref, *, k_s, rows_s, x_s, y_s, m_s, out_s, loaded):
-        b, h, n = (lax.axis_index(name) for name in ("batch", "heads", "chunks"))
+    groups = layout.dim // 64
+    # Chunks in a block, each by a warpgroup: what registers and shared memory hold.
+    warpgroups = min(4, layout.chunks, (_BLOCK_SHARED_MEMORY - 2048) // (2 * CHUNK * 64 * (max(groups, 2) + 5)))
+
+    def body(k_ref, rows_ref, inverse_ref, *, k_s, rows_s, x_s, y_s, m_s, loaded):
+        b, h, block, w = (lax.axis_index(name) for name in ("batch", "heads", "blocks", "warpgroup"))
+        n = block * warpgroups + w
         tokens = pl.ds(n * CHUNK, CHUNK)
-        plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_s, loaded)
-        for row in range(layout.rows):
-            plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_s.at[row], loaded)
-        plgpu.barrier_wait(loaded)
-        i, j = _row_and_column((CHUNK, CHUNK))
-        differs = i ^ j
-        unit = jnp.where(i == j, 1.0, 0.0)
-        m = _scale_rows(_product((k_s, _t(k_s))), _along_rows(rows_s.at[0]))
-        if layout.gated:
-            m = m * _pairs(rows_s, layout)
-        m = jnp.where(i > j, m, 0.0)
-        x = unit - jnp.where(differs == 1, m, 0.0)
-        size = 2
-        while size < CHUNK:
-            x_s[...] = x.astype(_F16)
-            m_s.at[0][...] = jnp.where((differs >= size) & (differs < 2 * size), m, 0.0).astype(_F16)
+        k_t, rows_t, x_t, y_t, m_t = k_s.at[w], rows_s.at[w], x_s.at[w], y_s.at[w], m_s.at[w]
+
+        @pl.when(n < layout.chunks)
+        def _():
+            for group in range(groups):
+                columns = pl.ds(group * 64, 64)
+                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, columns], k_t.at[group], loaded.at[w])
+            for row in range(layout.rows):
+                plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_t.at[row], loaded.at[w])
+            plgpu.barrier_wait(loaded.at[w])
+            i, j = _row_and_column((CHUNK, CHUNK))
+            differs = i ^ j
+            unit = jnp.where(i == j, 1.0, 0.0)
+            m = _product(*((k_t.at[group], _t(k_t.at[group])) for group in range(groups)))
+            m = _scale_rows(m, _along_rows(rows_t.at[0]))
+            if layout.gated:
+                m = m * _pairs(rows_t, layout)
+            m = jnp.where(i > j, m, 0.0)
+            x = unit - jnp.where(differs == 1, m, 0.0)
+            level_t, high_t, low_t = m_t.at[0], m_t.at[1], m_t.at[2]
+            high = m.astype(_F16)
+            high_t[...] = high
+            low_t[...] = (m - high.astype(_F32)).astype(_F16)
+            size = 2
+            while size < CHUNK:
+                x_t[...] = x.astype(_F16)
+                # M comes back from shared memory each time: registers are what limits the chunks at work at once.
+                level_t[...] = jnp.where((differs >= size) & (differs < 2 * size), _load(high_t), 0.0).astype(_F16)
+                plgpu.commit_smem()
+                y_t[...] = _product((level_t, x_t)).astype(_F16)
+                plgpu.commit_smem()
+                x = x - _product((x_t, y_t))
+                plgpu.commit_smem()
+                size *= 2
+            x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
-            y_s[...] = _product((m_s.at[0], x_s)).astype(_F16)
+            residual = unit - _load(x_t) - _product((high_t, x_t), (low_t, x_t))
+            y_t[...] = residual.astype(_F16)
             plgpu.commit_smem()
-            x = x - _product((x_s, y_s))
-            size *= 2
-        rounded = x.astype(_F16)
-        x_s[...] = rounded
-        high = m.astype(_F16)
-        m_s.at[0][...] = high
-        m_s.at[1][...] = (m - high.astype(_F32)).astype(_F16)
-        plgpu.commit_smem()
-        x = rounded.astype(_F32)
-        residual = unit - x - _product((m_s.at[0], x_s), (m_s.at[1], x_s))
-        y_s[...] = residual.astype(_F16)
-        plgpu.commit_smem()
-        _store_split(_parts(out_s), x + _product((x_s, y_s)))
-        plgpu.commit_smem()
-        for part in range(2):
-            plgpu.copy_smem_to_gmem(out_s.at[part], inverse_ref.at[part, b, h, tokens])
-        plgpu.wait_smem_to_gmem(0)
+            out = _parts(k_t)  # the keys are spent
+            _store_split(out, _load(x_t) + _product((x_t, y_t)))
+            plgpu.commit_smem()
+            for part in range(2):
+                plgpu.copy_smem_to_gmem(out[part], inverse_ref.at[part, b, h, tokens])
+            plgpu.wait_smem_to_gmem(0)
 
     return _kernel(
         body,
         "invert",
         layout,
         out_type=jax.ShapeDtypeStruct((2, layout.batch, layout.heads, layout.time, CHUNK), _BF16),
-        grid=(layout.batch, layout.heads, layout.chunks),
-        grid_names=("batch", "heads", "chunks"),
+        grid=(layout.batch, layout.heads, -(-layout.chunks // warpgroups)),
+        grid_names=("batch", "heads", "blocks"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
         scratch_types={
-            "k_s": _tile(CHUNK, layout.dim),
-            "rows_s": plgpu.SMEM((layout.rows, CHUNK), _F32),
-            "x_s": _tile(CHUNK, CHUNK, dtype=_F16),
-            "y_s": _tile(CHUNK, CHUNK, dtype=_F16),
-            "m_s": _tile(2, CHUNK, CHUNK, dtype=_F16),
-            "out_s": _tile(2, CHUNK, CHUNK),
-            "loaded": plgpu.Barrier(num_arrivals=1 + layout.rows),
+            "k_s": _tile(warpgroups, max(groups, 2), CHUNK, 64),
+            "rows_s": plgpu.SMEM((warpgroups, layout.rows, CHUNK), _F32),
+            "x_s": _tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
+            "y_s": _tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
+            "m_s": _tile(warpgroups, 3, CHUNK, CHUNK, dtype=_F16),
+            "loaded": plgpu.Barrier(num_arrivals=groups + layout.rows, num_barriers=warpgroups),
         },
     )(k, rows)
 
@@ -389,7 +432,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
     tiles = 4 if outputs else 2
     stages = _stages(layout, len(operands), 2 * wg * COLUMNS * (layout.dim + tiles * CHUNK))
 
-    def body(*refs, state_s, n_s, scores_s=None, **slots):
+    def body(*refs, state_s, n_s, scores_s=None, output_s=None, **slots):
         *key_refs, value_ref, inverse_ref, rows_ref, initial_ref = refs[: len(operands) + 4]
         *out_refs, final_ref = refs[len(operands) + 4 :]
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
@@ -398,67 +441,87 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
         def compute(w):
             columns = _columns(layout, w)
             state_t, n_t = state_s.at[w], _parts(n_s.at[w])
-            scores_t = _parts(scores_s.at[w]) if outputs else None
 
             def step(n, state):
                 slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
                 key_t, rows_t = slots["keys_s"][-1].at[slot], slots["rows_s"].at[slot]
+                query_t = slots["keys_s"][0].at[slot]
                 inverse_t = _parts(slots["inverse_s"].at[slot])
-                if not outputs:
-                    plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # of the three of the chunk before, the state's
-                state_t[...] = state.astype(_BF16)
-                plgpu.commit_smem()
-                if not outputs:
-                    plgpu.copy_smem_to_gmem(state_t, out_refs[0].at[b, h, n, :, columns])
                 plgpu.barrier_wait(full.at[slot])
 
-                def main(predicted, *accumulators):
-                    plgpu.wgmma(predicted, key_t, state_t)
-                    if outputs:  # these run while the step waits for other things
-                        query_t = slots["keys_s"][0].at[slot]
-                        scores, read = accumulators
-                        plgpu.wgmma(scores, query_t, _t(key_t))
-                        plgpu.wgmma(read, query_t, state_t)
-                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=len(accumulators))
+                def main(predicted, found, updated, scores=None, read=None, decayed=None):
+                    _issue(predicted, (key_t, state_t))
+                    if outputs:
+                        _issue(scores, (query_t, _t(key_t)))
+                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1 if outputs else 0)
                     if layout.gated:
                         prediction = _scale_rows(prediction, _entry(rows_t, layout))
                     error = _scale_rows(_load(slots["value_s"].at[slot, w]) - prediction, _along_rows(rows_t.at[0]))
-                    return error, *(plgpu.wgmma_accumulator_load(x, wait_n=0) for x in accumulators)
-
-                shapes = [(CHUNK, COLUMNS), (CHUNK, CHUNK), (CHUNK, COLUMNS)][: 1 + 2 * outputs]
-                error, *read_out = pl.run_scoped(main, *(plgpu.ACC(shape, _F32) for shape in shapes))
-                plgpu.wait_smem_to_gmem(0 if outputs else 1, wait_read_only=True)
-                _store_split(n_t, error)
-                if outputs:
-                    scores, read = read_out
-                    _store_split(scores_t, scores * (layout.scale * _pairs(rows_t, layout)))
-                plgpu.commit_smem()
-                rows_n = _product(*_split_product(inverse_t, n_t))
-                leaving = rows_n
-                if layout.gated:
-                    leaving = _scale_rows(rows_n, _exit(rows_t, layout))
-                    state = state * _whole(rows_t, layout)
-                _store_split(n_t, leaving)
-                plgpu.commit_smem()
-                state = _add_product(state, *((_t(key_t), x) for x in n_t), interpret=layout.interpret)
-                if layout.gated:  # the rest needs N without its decay to the end of the chunk
-                    _store_split(n_t, rows_n)
+                    if not outputs:  # of the three of the chunk before, all but the state's: N was in these tiles
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    _store_split(n_t, error)
                     plgpu.commit_smem()
-                if outputs:
-                    read = read * layout.scale
+                    _issue(found, *_split_product(inverse_t, n_t))
+                    if outputs:
+                        _issue(read, (query_t, state_t))
+                        score = plgpu.wgmma_accumulator_load(scores, wait_n=4)
+                        scores_s.at[w][...] = (score * _pairs(rows_t, layout)).astype(_BF16)
+                    pseudo = plgpu.wgmma_accumulator_load(found, wait_n=1 if outputs else 0)
+                    # Waits for the copy of the output before, or of the state before.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     if layout.gated:
-                        read = _scale_rows(read, _entry(rows_t, layout))
-                    output = _add_product(read, *_split_product(scores_t, n_t), interpret=layout.interpret)
-                    scores_t[0][...] = output.astype(_BF16)  # over the scores, which are spent
+                        after = _Sum(updated, state * _whole(rows_t, layout), layout)
+                        _store_split(n_t, _scale_rows(pseudo, _exit(rows_t, layout)))
+                        plgpu.commit_smem()
+                        after.issue(*((_t(key_t), x) for x in n_t))
+                        new_state = after.load(0)
+                        if outputs:
+                            before = plgpu.wgmma_accumulator_load(read, wait_n=0)
+                            output = _Sum(decayed, _scale_rows(before, _entry(rows_t, layout)), layout)
+                        plgpu.commit_smem()
+                    else:
+                        after = _Sum(updated, state, layout)
+                    # Without decay the state takes the same N as all else.
+                    _store_split(n_t, pseudo)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(scores_t[0], out_refs[0].at[b, tokens, h, columns])
+                    if not layout.gated:
+                        after.issue(*((_t(key_t), x) for x in n_t))
+                    if outputs and layout.gated:
+                        output.issue(*((scores_s.at[w], x) for x in n_t))
+                    elif outputs:
+                        _issue(read, *((scores_s.at[w], x) for x in n_t))
+                    else:
+                        for part in range(2):
+                            plgpu.copy_smem_to_gmem(n_t[part], out_refs[1].at[part, b, tokens, h, columns])
+                    if not layout.gated:
+                        new_state = after.load(2 if outputs else 0)
+                    state_t[...] = new_state.astype(_BF16)
+                    if outputs:
+                        total = output.load(0) if layout.gated else plgpu.wgmma_accumulator_load(read, wait_n=0)
+                        output_s.at[w][...] = (layout.scale * total).astype(_BF16)
+                    plgpu.commit_smem()
+                    return new_state
+
+                shapes = [(CHUNK, COLUMNS), (CHUNK, COLUMNS), (layout.dim, COLUMNS)]
+                if outputs:
+                    shapes += [(CHUNK, CHUNK), *[(CHUNK, COLUMNS)] * (1 + layout.gated)]
+                state = _scoped(main, *shapes)
+                if outputs:
+                    plgpu.copy_smem_to_gmem(output_s.at[w], out_refs[0].at[b, tokens, h, columns])
                 else:
-                    for part in range(2):
-                        plgpu.copy_smem_to_gmem(n_t[part], out_refs[1].at[part, b, tokens, h, columns])
+
+                    @pl.when(n + 1 < layout.chunks)
+                    def _():
+                        plgpu.copy_smem_to_gmem(state_t, out_refs[0].at[b, h, n + 1, :, columns])
+
                 plgpu.barrier_arrive(empty.at[slot])
                 return state
 
             initial = plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+            state_t[...] = initial.astype(_BF16)
+            plgpu.commit_smem()
+            if not outputs:
+                plgpu.copy_smem_to_gmem(state_t, out_refs[0].at[b, h, 0, :, columns])
             final_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, initial)
             plgpu.wait_smem_to_gmem(0)
 
@@ -467,7 +530,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
 
     scratch = {"state_s": _tile(wg, layout.dim, COLUMNS), "n_s": _tile(wg, 2, CHUNK, COLUMNS)}
     if outputs:
-        scratch["scores_s"] = _tile(wg, 2, CHUNK, CHUNK)
+        scratch["scores_s"], scratch["output_s"] = _tile(wg, CHUNK, CHUNK), _tile(wg, CHUNK, COLUMNS)
     return _kernel(
         body,
         "output" if outputs else "states",
@@ -485,9 +548,9 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
     wg = layout.warpgroups
     state_shape = jax.ShapeDtypeStruct(d_final.shape, _F32)
     after_shape = jax.ShapeDtypeStruct((*d_final.shape[:2], layout.chunks, *d_final.shape[2:]), _BF16)
-    stages = _stages(layout, 2, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
+    stages = _stages(layout, 2, 2 * wg * COLUMNS * (layout.dim + 4 * CHUNK))
 
-    def body(*refs, d_state_s, n_s, r_s, **slots):
+    def body(*refs, d_state_s, n_s, r_s, scaled_s, **slots):
         q_ref, k_ref, d_output_ref, inverse_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         full, empty = slots["full"], slots["empty"]
@@ -501,49 +564,59 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
                 query_t, key_t = (slots["keys_s"][x].at[slot] for x in (0, 1))
                 d_output_t, rows_t = slots["value_s"].at[slot, w], slots["rows_s"].at[slot]
                 inverse_t = tuple(_t(part) for part in _parts(slots["inverse_s"].at[slot]))
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, the state's
-                d_state_t[...] = d_state.astype(_BF16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, n, :, columns])
                 plgpu.barrier_wait(full.at[slot])
 
-                def main(d_n, scores):
-                    plgpu.wgmma(scores, key_t, _t(query_t))
-                    plgpu.wgmma(d_n, key_t, d_state_t)
-                    return plgpu.wgmma_accumulator_load(scores, wait_n=1), d_n[...]
+                def main(scores, kept, d_pseudo, found, updated):
+                    _issue(scores, (key_t, _t(query_t)))
+                    _issue(kept, (key_t, d_state_t))
+                    score = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+                    score = score * (layout.scale * _pairs(rows_t, layout, transposed=True))
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, R's
+                    r_t[...] = score.astype(_BF16)
+                    plgpu.commit_smem()
+                    from_after = plgpu.wgmma_accumulator_load(kept, wait_n=0)
+                    scaled, after = _load(d_output_t) * layout.scale, d_state
+                    if layout.gated:
+                        from_after = _scale_rows(from_after, _exit(rows_t, layout))
+                        scaled = _scale_rows(scaled, _entry(rows_t, layout))
+                        after = d_state * _whole(rows_t, layout)
+                    total = _Sum(d_pseudo, from_after, layout)
+                    total.issue((r_t, d_output_t))
+                    scaled_s.at[w][...] = scaled.astype(_BF16)
+                    _store_split(n_t, total.load(0))
+                    plgpu.commit_smem()
+                    before = _Sum(updated, after, layout)
+                    _issue(found, *_split_product(inverse_t, n_t))
+                    before.issue((_t(query_t), scaled_s.at[w]))
+                    r = plgpu.wgmma_accumulator_load(found, wait_n=1)
+                    r_t[...] = r.astype(_BF16)  # over the scores, which are spent
+                    leaving = _scale_rows(-r, _along_rows(rows_t.at[0]))
+                    if layout.gated:
+                        leaving = _scale_rows(leaving, _entry(rows_t, layout))
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the state's gradient
+                    _store_split(n_t, leaving)
+                    plgpu.commit_smem()
+                    before.issue(*((_t(key_t), x) for x in n_t))
+                    plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+                    d_new = before.load(0)
+                    d_state_t[...] = d_new.astype(_BF16)
+                    plgpu.commit_smem()
+                    return d_new
 
-                scores, d_n = pl.run_scoped(main, plgpu.ACC((CHUNK, CHUNK), _F32), plgpu.ACC((CHUNK, COLUMNS), _F32))
-                scores = scores * (layout.scale * _pairs(rows_t, layout, transposed=True))
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                r_t[...] = scores.astype(_BF16)
-                plgpu.commit_smem()
-                if layout.gated:
-                    d_n = _scale_rows(d_n, _exit(rows_t, layout))
-                _store_split(n_t, _add_product(d_n, (r_t, d_output_t), interpret=layout.interpret))
-                scaled = _load(d_output_t) * layout.scale
-                if layout.gated:
-                    scaled = _scale_rows(scaled, _entry(rows_t, layout))
-                    d_state = d_state * _whole(rows_t, layout)
-                d_output_t[...] = scaled.astype(_BF16)
-                plgpu.commit_smem()
-                r = _product(*_split_product(inverse_t, n_t))
-                r_t[...] = r.astype(_BF16)  # over the scores, which are spent
-                leaving = _scale_rows(-r, _along_rows(rows_t.at[0]))
-                if layout.gated:
-                    leaving = _scale_rows(leaving, _entry(rows_t, layout))
-                _store_split(n_t, leaving)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
-                d_state = _add_product(
-                    d_state,
-                    (_t(query_t), d_output_t),
-                    *((_t(key_t), x) for x in n_t),
-                    interpret=layout.interpret,
-                )
+                shapes = ((CHUNK, CHUNK), *((CHUNK, COLUMNS),) * 3, (layout.dim, COLUMNS))
+                d_state = _scoped(main, *shapes)
+
+                @pl.when(n > 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, n - 1, :, columns])
+
                 plgpu.barrier_arrive(empty.at[slot])
                 return d_state
 
             d_final = plgpu.load(d_final_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+            d_state_t[...] = d_final.astype(_BF16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, layout.chunks - 1, :, columns])
             d_initial_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, d_final)
             plgpu.wait_smem_to_gmem(0)
 
@@ -559,6 +632,7 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
             "d_state_s": _tile(wg, layout.dim, COLUMNS),
             "n_s": _tile(wg, 2, CHUNK, COLUMNS),
             "r_s": _tile(wg, CHUNK, COLUMNS),
+            "scaled_s": _tile(wg, CHUNK, COLUMNS),
             **_slots(layout, stages, 2),
         },
         **_sweep_options(layout),
@@ -616,9 +690,9 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layou
         from_state = over_values(d_output_s, before_s)
         prediction = over_values(r_s, before_s)
         to_state = over_values(n_t[0], after_s)
+        plgpu.commit_smem()
         # From here on these tiles but R's are spent. The values come to where dO was, group by group of columns.
         value_t = d_output_s.at[0]
-        plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, pl.ds(first, COLUMNS)], value_t, values)
         plgpu.barrier_wait(narrow)
         beta = _along_rows(rows_s.at[0])
@@ -650,10 +724,12 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layou
         # A product of its own for X: beta may be zero, and the gradient of beta needs X itself.
         through_k = _product(*((x, k_s) for x in y_t)) - prediction
         d_k = to_state + _scale_rows(through_k, beta) + _product((_t(d_t[0]), q_s))
+        plgpu.commit_smem()
         y_t[0][...] = _scale_rows(y, beta).astype(_BF16)
         plgpu.commit_smem()
         d_k += _product((_t(y_t[0]), k_s))
         d_beta = (through_k * _load(k_s)).sum(axis=1)
+        plgpu.commit_smem()
         q_s[...], k_s[...] = d_q.astype(_BF16), d_k.astype(_BF16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, d_q_ref.at[b, tokens, h, key_columns])
