@@ -319,6 +319,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write(record: dict[str, Any], folder: Path) -> None:
+    """JSON, table and figure of what has been measured so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "kernels.md").write_text(table(record))
+    draw(record, folder / "kernels.png")
+
+
 def parse_shape(text: str) -> Shape:
     """A shape from the command line."""
     try:
@@ -343,10 +351,7 @@ def main() -> None:
             print(f"{shape!s:16s} {name:11s} {_cells(results[name], results.get('fla', {}))}", flush=True)
             if found := results[name].get("errors"):
                 print(f"{'':29s}errors {', '.join(f'{key} {error:.1e}' for key, error in found.items())}", flush=True)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.results / "kernels.md").write_text(table(record))
-    draw(record, options.results / "kernels.png")
+        write(record, options.results)
 
 
 if __name__ == "__main__":

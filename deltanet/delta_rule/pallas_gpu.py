@@ -34,6 +34,8 @@ COLUMNS = 64  # value columns of a warpgroup
 SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
 _MULTIPROCESSORS = 132
+_INVERSES = 4  # chunks in a block of `invert`, each by a warpgroup; more would need more registers than there are
+_STAGES = 2  # slots of the copies of a sweep, where shared memory holds so many
 _F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
@@ -255,8 +257,7 @@ def _invert(k: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
     """
 
     groups = layout.dim // 64
-    # Chunks in a block, each by a warpgroup: what registers and shared memory hold.
-    warpgroups = min(4, layout.chunks, (_BLOCK_SHARED_MEMORY - 2048) // (2 * CHUNK * 64 * (max(groups, 2) + 5)))
+    warpgroups = min(_INVERSES, layout.chunks, (_BLOCK_SHARED_MEMORY - 2048) // (2 * CHUNK * 64 * (max(groups, 2) + 5)))
 
     def body(k_ref, rows_ref, inverse_ref, *, k_s, rows_s, x_s, y_s, m_s, loaded):
         b, h, block, w = (lax.axis_index(name) for name in ("batch", "heads", "blocks", "warpgroup"))
@@ -341,9 +342,9 @@ class _Tiles(NamedTuple):
 
 
 def _stages(layout: _Layout, keys: int, fixed: int) -> int:
-    """Slots of the copies: two, or one where shared memory holds no more."""
+    """Slots of the copies."""
     slot = 2 * CHUNK * (keys * layout.dim + layout.warpgroups * COLUMNS + 2 * CHUNK) + 4 * layout.rows * CHUNK
-    return min(2, layout.chunks, (_BLOCK_SHARED_MEMORY - 1024 - fixed) // slot)
+    return min(_STAGES, layout.chunks, (_BLOCK_SHARED_MEMORY - 1024 - fixed) // slot)
 
 
 def _slots(layout: _Layout, stages: int, keys: int) -> dict[str, Any]:
