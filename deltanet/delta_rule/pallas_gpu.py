@@ -257,7 +257,8 @@ def _invert(k: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
     """
 
     groups = layout.dim // 64
-    warpgroups = min(_INVERSES, layout.chunks, (_BLOCK_SHARED_MEMORY - 2048) // (2 * CHUNK * 64 * (max(groups, 2) + 5)))
+    bytes_of_one = 2 * CHUNK * 64 * (max(groups, 2) + 5) + 4 * layout.rows * CHUNK
+    warpgroups = min(_INVERSES, layout.chunks, (_BLOCK_SHARED_MEMORY - 512) // bytes_of_one)
 
     def body(k_ref, rows_ref, inverse_ref, *, k_s, rows_s, x_s, y_s, m_s, loaded):
         b, h, block, w = (lax.axis_index(name) for name in ("batch", "heads", "blocks", "warpgroup"))
@@ -430,10 +431,10 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
     v_shape, split_shape = jax.ShapeDtypeStruct(v.shape, _BF16), jax.ShapeDtypeStruct((2, *v.shape), _BF16)
     before_shape = jax.ShapeDtypeStruct((*state.shape[:2], layout.chunks, *state.shape[2:]), _BF16)
     wg = layout.warpgroups
-    tiles = 4 if outputs else 2
+    tiles = 4 if outputs else 2  # of a warpgroup: N and, for the output, the scores, both split
     stages = _stages(layout, len(operands), 2 * wg * COLUMNS * (layout.dim + tiles * CHUNK))
 
-    def body(*refs, state_s, n_s, scores_s=None, output_s=None, **slots):
+    def body(*refs, state_s, n_s, scores_s=None, **slots):
         *key_refs, value_ref, inverse_ref, rows_ref, initial_ref = refs[: len(operands) + 4]
         *out_refs, final_ref = refs[len(operands) + 4 :]
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
@@ -442,6 +443,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
         def compute(w):
             columns = _columns(layout, w)
             state_t, n_t = state_s.at[w], _parts(n_s.at[w])
+            scores_t = _parts(scores_s.at[w]) if outputs else None
 
             def step(n, state):
                 slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
@@ -466,10 +468,13 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
                     if outputs:
                         _issue(read, (query_t, state_t))
                         score = plgpu.wgmma_accumulator_load(scores, wait_n=4)
-                        scores_s.at[w][...] = (score * _pairs(rows_t, layout)).astype(_BF16)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before was in these tiles
+                        _store_split(scores_t, score * _pairs(rows_t, layout))
                     pseudo = plgpu.wgmma_accumulator_load(found, wait_n=1 if outputs else 0)
-                    # Waits for the copy of the output before, or of the state before.
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    if outputs:
+                        plgpu.commit_smem()
+                    else:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the state before
                     if layout.gated:
                         after = _Sum(updated, state * _whole(rows_t, layout), layout)
                         _store_split(n_t, _scale_rows(pseudo, _exit(rows_t, layout)))
@@ -488,18 +493,19 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
                     if not layout.gated:
                         after.issue(*((_t(key_t), x) for x in n_t))
                     if outputs and layout.gated:
-                        output.issue(*((scores_s.at[w], x) for x in n_t))
+                        output.issue(*_split_product(scores_t, n_t))
                     elif outputs:
-                        _issue(read, *((scores_s.at[w], x) for x in n_t))
+                        _issue(read, *_split_product(scores_t, n_t))
                     else:
                         for part in range(2):
                             plgpu.copy_smem_to_gmem(n_t[part], out_refs[1].at[part, b, tokens, h, columns])
                     if not layout.gated:
-                        new_state = after.load(2 if outputs else 0)
+                        new_state = after.load(3 if outputs else 0)
                     state_t[...] = new_state.astype(_BF16)
                     if outputs:
                         total = output.load(0) if layout.gated else plgpu.wgmma_accumulator_load(read, wait_n=0)
-                        output_s.at[w][...] = (layout.scale * total).astype(_BF16)
+                        plgpu.commit_smem()
+                        scores_t[0][...] = (layout.scale * total).astype(_BF16)  # over the scores, which are spent
                     plgpu.commit_smem()
                     return new_state
 
@@ -508,7 +514,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
                     shapes += [(CHUNK, CHUNK), *[(CHUNK, COLUMNS)] * (1 + layout.gated)]
                 state = _scoped(main, *shapes)
                 if outputs:
-                    plgpu.copy_smem_to_gmem(output_s.at[w], out_refs[0].at[b, tokens, h, columns])
+                    plgpu.copy_smem_to_gmem(scores_t[0], out_refs[0].at[b, tokens, h, columns])
                 else:
 
                     @pl.when(n + 1 < layout.chunks)
@@ -531,7 +537,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
 
     scratch = {"state_s": _tile(wg, layout.dim, COLUMNS), "n_s": _tile(wg, 2, CHUNK, COLUMNS)}
     if outputs:
-        scratch["scores_s"], scratch["output_s"] = _tile(wg, CHUNK, CHUNK), _tile(wg, CHUNK, COLUMNS)
+        scratch["scores_s"] = _tile(wg, 2, CHUNK, CHUNK)
     return _kernel(
         body,
         "output" if outputs else "states",
