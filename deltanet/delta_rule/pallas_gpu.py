@@ -55,7 +55,7 @@ def refusal(dtype: jnp.dtype, dim: int, value_dim: int) -> str | None:
     return None
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Sizes and static choices of a problem."""
 
     batch: int
@@ -153,7 +153,7 @@ def _issue(accumulator: Any, *pairs: tuple[Any, Any]) -> None:
 class _Sum:
     """An accumulator that starts at a value."""
 
-    def __init__(self, accumulator: Any, value: jax.Array, layout: _Layout) -> None:
+    def __init__(self, accumulator: Any, value: jax.Array, layout: Layout) -> None:
         self._accumulator, self._value = accumulator, value
         # The interpreter has no initial values of accumulators.
         self._later = bool(layout.interpret)
@@ -189,7 +189,7 @@ def _store_split(refs: Sequence[Any], x: jax.Array) -> None:
 # Decay. `rows` is a reference to the numbers per token of a chunk, [1 to 3, chunk] in shared memory.
 
 
-def _pairs(rows: Any, layout: _Layout, *, transposed: bool = False) -> jax.Array:
+def _pairs(rows: Any, layout: Layout, *, transposed: bool = False) -> jax.Array:
     """Gamma, [chunk, chunk]: ones on and below the diagonal where there is no decay."""
     i, j = _row_and_column((CHUNK, CHUNK))
     if transposed:
@@ -209,25 +209,25 @@ def _pairs(rows: Any, layout: _Layout, *, transposed: bool = False) -> jax.Array
     return jnp.exp(jnp.where(reaches, difference(rows.at[1]), -jnp.inf))
 
 
-def _entry(rows: Any, layout: _Layout) -> jax.Array:
+def _entry(rows: Any, layout: Layout) -> jax.Array:
     """gamma, [chunk], along rows."""
     factor = jnp.exp(_along_rows(rows.at[1]))
     return jnp.where(_along_rows(rows.at[2]) == 0, factor, 0.0) if layout.packed else factor
 
 
-def _exit(rows: Any, layout: _Layout) -> jax.Array:
+def _exit(rows: Any, layout: Layout) -> jax.Array:
     """lambda, [chunk], along rows."""
     factor = jnp.exp(rows[1, CHUNK - 1] - _along_rows(rows.at[1]))
     return jnp.where(_along_rows(rows.at[2]) == rows[2, CHUNK - 1], factor, 0.0) if layout.packed else factor
 
 
-def _whole(rows: Any, layout: _Layout) -> jax.Array:
+def _whole(rows: Any, layout: Layout) -> jax.Array:
     """The decay of the state over the chunk, a number."""
     factor = jnp.exp(rows[1, CHUNK - 1])
     return jnp.where(rows[2, CHUNK - 1] == 0, factor, 0.0) if layout.packed else factor
 
 
-def _kernel(body: Callable, name: str, layout: _Layout, **options) -> Callable:
+def _kernel(body: Callable, name: str, layout: Layout, **options) -> Callable:
     """A kernel with Lane semantics: the search for layouts of the other semantics does not end on these kernels.
 
     Barriers are ours to place. A warpgroup's four warps meet in `commit_smem` and in `wait_smem_to_gmem`; between the
@@ -249,7 +249,7 @@ def _kernel(body: Callable, name: str, layout: _Layout, **options) -> Callable:
 # Kernel 1: the inverse.
 
 
-def _invert(k: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
+def invert(k: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
     """A of every chunk as a sum of two: [2, batch, heads, time, chunk], bfloat16.
 
     The blocks of the diagonal double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves, one
@@ -342,13 +342,13 @@ class _Tiles(NamedTuple):
     rows: Any
 
 
-def _stages(layout: _Layout, keys: int, fixed: int) -> int:
+def _stages(layout: Layout, keys: int, fixed: int) -> int:
     """Slots of the copies."""
     slot = 2 * CHUNK * (keys * layout.dim + layout.warpgroups * COLUMNS + 2 * CHUNK) + 4 * layout.rows * CHUNK
     return min(_STAGES, layout.chunks, (_BLOCK_SHARED_MEMORY - 1024 - fixed) // slot)
 
 
-def _slots(layout: _Layout, stages: int, keys: int) -> dict[str, Any]:
+def _slots(layout: Layout, stages: int, keys: int) -> dict[str, Any]:
     """Shared memory of the copies of a sweep, and the barriers between who copies and who computes."""
     return {
         "keys_s": [_tile(stages, CHUNK, layout.dim) for _ in range(keys)],
@@ -360,12 +360,12 @@ def _slots(layout: _Layout, stages: int, keys: int) -> dict[str, Any]:
     }
 
 
-def _columns(layout: _Layout, warpgroup: jax.Array) -> Any:
+def _columns(layout: Layout, warpgroup: jax.Array) -> Any:
     """The value columns of a warpgroup."""
     return pl.ds((lax.axis_index("slices") * layout.warpgroups + warpgroup) * COLUMNS, COLUMNS)
 
 
-def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: _Layout, stages: int, *, backwards: bool) -> None:
+def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: int, *, backwards: bool) -> None:
     """The copying warpgroup of a sweep: fills the slots, each as soon as all warpgroups have released it."""
     b, h = lax.axis_index("batch"), lax.axis_index("heads")
     full, empty = slots["full"], slots["empty"]
@@ -397,7 +397,7 @@ def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: _Layout, stages: 
         plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
 
 
-def _in_roles(layout: _Layout, copy: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
+def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
     """Splits the warpgroups of a block: the last copies, the others compute and get the registers that it leaves."""
     warpgroup = lax.axis_index("warpgroup")
 
@@ -412,7 +412,7 @@ def _in_roles(layout: _Layout, copy: Callable[[], None], compute: Callable[[jax.
         compute(warpgroup)
 
 
-def _sweep_options(layout: _Layout) -> dict[str, Any]:
+def _sweep_options(layout: Layout) -> dict[str, Any]:
     return {
         "grid": (layout.batch, layout.heads, layout.slices),
         "grid_names": ("batch", "heads", "slices"),
@@ -421,7 +421,7 @@ def _sweep_options(layout: _Layout) -> dict[str, Any]:
     }
 
 
-def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
+def _sweep(q, k, v, inverse, rows, state, layout: Layout):
     """The chunks in order. With `q` the output like `v`; without, the state before each chunk [batch, heads, chunks,
     dim, value_dim], and N split, [2, ...] like `v`; all bfloat16. Always the final state last.
     """
@@ -548,7 +548,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: _Layout):
     )(*operands, v, inverse, rows, state)
 
 
-def _reverse(q, k, d_output, inverse, rows, d_final, layout: _Layout):
+def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
     """The chunks in reverse order: the gradient of the state after each chunk, R like the values, and the gradient of
     the initial state.
     """
@@ -655,7 +655,7 @@ _SLICE = 64  # key columns of a block
 _PARTS = 5
 
 
-def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: _Layout):
+def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout):
     """dQ, dK, dV like the arguments, and the parts of the numbers per token, [slices, 1 or 5, batch, heads, time]."""
     slices, groups = layout.dim // _SLICE, layout.value_dim // COLUMNS
     own_groups = max(1, groups // slices)  # groups of value columns whose dV a block writes
@@ -807,8 +807,9 @@ def _rows(beta: jax.Array, g: jax.Array | None, starts: jax.Array | None) -> jax
     return jnp.stack(rows)
 
 
-def _layout(q: jax.Array, v: jax.Array, rows: jax.Array, scale: float, interpret: Any) -> _Layout:
-    return _Layout(*q.shape, v.shape[-1], rows.shape[0], float(scale), interpret)
+def layout_of(q: jax.Array, v: jax.Array, rows: jax.Array, scale: float, interpret: Any) -> Layout:
+    """The sizes of a problem with these arguments."""
+    return Layout(*q.shape, v.shape[-1], rows.shape[0], float(scale), interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -833,8 +834,8 @@ def pallas_delta_rule(
 
 def _forward(q, k, v, beta, g, starts, state, scale, interpret):
     rows = _rows(beta, g, starts)
-    layout = _layout(q, v, rows, scale, interpret)
-    inverse = _invert(k, rows, layout)
+    layout = layout_of(q, v, rows, scale, interpret)
+    inverse = invert(k, rows, layout)
     output, final = _sweep(q, k, v, inverse, rows, state.astype(_F32), layout)
     return (output, final.astype(state.dtype)), (q, k, v, beta, g, starts, state, inverse)
 
@@ -842,7 +843,7 @@ def _forward(q, k, v, beta, g, starts, state, scale, interpret):
 def _backward(scale, interpret, residuals, cotangents):
     q, k, v, beta, g, starts, state, inverse = residuals
     rows = _rows(beta, g, starts)
-    layout = _layout(q, v, rows, scale, interpret)
+    layout = layout_of(q, v, rows, scale, interpret)
     d_output = cotangents[0].astype(_BF16)
     before, pseudo, _ = _sweep(None, k, v, inverse, rows, state.astype(_F32), layout)
     after, r, d_state = _reverse(q, k, d_output, inverse, rows, cotangents[1].astype(_F32), layout)
@@ -853,7 +854,7 @@ def _backward(scale, interpret, residuals, cotangents):
     return d_q, d_k, d_v, d_beta, d_g, d_starts, d_state.astype(state.dtype)
 
 
-def _d_log_decay(parts: jax.Array, rows: jax.Array, layout: _Layout) -> jax.Array:
+def _d_log_decay(parts: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
     """The gradient of the log-decay, [batch, time, heads], from its parts."""
 
     def in_chunks(x):

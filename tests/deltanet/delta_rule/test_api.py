@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltanet.delta_rule import api, delta_rule, delta_rule_step
+from deltanet.delta_rule import delta_rule, delta_rule_step
 from deltanet.delta_rule.chunked import chunked_delta_rule
 from tests.deltanet.delta_rule.cases import Case, evaluate, expected, make, relative_rms
 
@@ -58,7 +58,7 @@ def test_a_token_has_no_time_axis():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about machines without a GPU")
 def test_fallback_says_why(caplog):
     problem = arguments()
-    with pytest.raises(NotImplementedError, match="pallas_gpu: it needs an NVIDIA GPU.*; pallas_tpu: it needs a TPU"):
+    with pytest.raises(NotImplementedError, match=r"pallas_gpu: it needs an NVIDIA GPU.*; pallas_tpu: it needs a TPU"):
         delta_rule(**problem, implementation=("pallas_gpu", "pallas_tpu"))
     with caplog.at_level(logging.DEBUG, logger="deltanet.delta_rule.api"):
         output, _ = delta_rule(**problem)
@@ -186,17 +186,16 @@ def test_shard_map_over_batch_and_heads():
 
 def test_import_needs_only_jax():
     """Nothing of the house, nor what it needs besides JAX, comes with the op."""
-    code = "import sys; import deltanet.delta_rule; print([m for m in ('flax', 'optax', 'training', 'models') if m in sys.modules])"
+    others = ("flax", "optax", "training", "models")
+    code = f"import sys; import deltanet.delta_rule; print([name for name in {others} if name in sys.modules])"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_problem_has_no_state_of_other_axes():
-    """A zero initial state is made where none is given, in the dtype of the computation."""
+def test_no_initial_state_is_zero():
     problem = arguments()
     del problem["initial_state"]
     zero = jnp.zeros((2, 2, 8, 4))
     for actual, wanted in zip(delta_rule(**problem), delta_rule(**problem, initial_state=zero), strict=True):
         np.testing.assert_array_equal(actual, wanted)
-    assert api.CHUNK == 64
