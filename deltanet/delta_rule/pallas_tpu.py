@@ -170,8 +170,8 @@ def _rows(beta: jax.Array, g: jax.Array | None, starts: jax.Array | None) -> jax
     return jnp.stack([beta, chunk_log_decay(g), chunk_log_decay(starts)], axis=2)
 
 
-def _group(heads: int, width: int) -> int:
-    """Heads in a step: the largest divisor of their number within the width."""
+def heads_per_step(heads: int, width: int) -> int:
+    """Heads in a grid step: the largest divisor of their number within the width."""
     most = max(1, _GROUP_WIDTH // width)
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
@@ -199,10 +199,21 @@ def _shape(shape: tuple[int, ...], dtype: jnp.dtype, like: jax.Array) -> jax.Sha
 _ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
 
 
+def _cost(inputs: tuple[jax.Array, ...], outputs: list[jax.ShapeDtypeStruct], flops: int) -> pl.CostEstimate:
+    """What the compiler should expect: every argument read and every result written once."""
+    moved = sum(x.size * jnp.dtype(x.dtype).itemsize for x in (*inputs, *outputs))
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
+
+
+def _inverse_flops(tokens: int) -> int:
+    """Of `masked_inverse`: two products of whole matrices for each level but the first."""
+    return tokens * 4 * CHUNK**2 * (CHUNK.bit_length() - 2)
+
+
 def _call_forward(q, k, v, rows, state, scale, decayed, packed, keep, interpret):
     heads, time, dim = q.shape
     value_dim, chunks = v.shape[-1], time // CHUNK
-    group = _group(heads, max(dim, value_dim))
+    group = heads_per_step(heads, max(dim, value_dim))
     token, chunk, head = _specs(group, lambda n: n)
     out = [(token(value_dim), _shape(v.shape, v.dtype, q)), (head(dim, value_dim), _shape(state.shape, jnp.float32, q))]
     if keep:
@@ -212,39 +223,50 @@ def _call_forward(q, k, v, rows, state, scale, decayed, packed, keep, interpret)
             *out,
         ]
     specs, shapes = zip(*out, strict=True)
+    arguments = (q, k, v, rows, state)
+    flops = heads * time * (6 * dim * value_dim + 4 * CHUNK * (dim + value_dim)) + _inverse_flops(heads * time)
     return pl.pallas_call(
         partial(_forward_kernel, scale=scale, decayed=decayed, packed=packed, keep=keep),
+        name="delta_rule_forward",
         grid=(heads // group, chunks),
         in_specs=[token(dim), token(dim), token(value_dim), chunk(len(_ROWS), CHUNK), head(dim, value_dim)],
         out_specs=specs,
         out_shape=shapes,
         scratch_shapes=[pltpu.VMEM((group, dim, value_dim), jnp.float32)],
         compiler_params=_ORDER,
+        cost_estimate=_cost(arguments, shapes, flops),
         interpret=interpret,
-    )(q, k, v, rows, state)
+    )(*arguments)
 
 
 def _call_backward(q, k, v, rows, inverse, before, d_output, d_final, scale, decayed, packed, interpret):
     heads, time, dim = q.shape
     value_dim, chunks = v.shape[-1], time // CHUNK
-    group = _group(heads, max(dim, value_dim))
+    group = heads_per_step(heads, max(dim, value_dim))
     token, chunk, head = _specs(group, lambda n: chunks - 1 - n)
+    out_shapes = [*(_shape(x.shape, x.dtype, q) for x in (q, k, v)), _shape((heads, chunks, 2, CHUNK), jnp.float32, q)]
+    out_shapes.append(_shape(d_final.shape, jnp.float32, q))
+    arguments = (q, k, v, rows, inverse, before, d_output, d_final)
+    flops = heads * time * (14 * dim * value_dim + 12 * CHUNK * dim + 10 * CHUNK * value_dim)
     return pl.pallas_call(
         partial(_backward_kernel, scale=scale, decayed=decayed, packed=packed),
+        name="delta_rule_backward",
         grid=(heads // group, chunks),
         in_specs=[
-            token(dim), token(dim), token(value_dim), chunk(len(_ROWS), CHUNK), chunk(CHUNK, CHUNK),
-            chunk(dim, value_dim), token(value_dim), head(dim, value_dim),
+            *(token(x.shape[-1]) for x in (q, k, v)),
+            chunk(len(_ROWS), CHUNK),
+            chunk(CHUNK, CHUNK),
+            chunk(dim, value_dim),
+            token(value_dim),
+            head(dim, value_dim),
         ],
         out_specs=[token(dim), token(dim), token(value_dim), chunk(2, CHUNK), head(dim, value_dim)],
-        out_shape=[
-            _shape(q.shape, q.dtype, q), _shape(k.shape, k.dtype, q), _shape(v.shape, v.dtype, q),
-            _shape((heads, chunks, 2, CHUNK), jnp.float32, q), _shape(d_final.shape, jnp.float32, q),
-        ],
+        out_shape=out_shapes,
         scratch_shapes=[pltpu.VMEM((group, dim, value_dim), jnp.float32)],
         compiler_params=_ORDER,
+        cost_estimate=_cost(arguments, out_shapes, flops),
         interpret=interpret,
-    )(q, k, v, rows, inverse, before, d_output, d_final)  # fmt: skip
+    )(*arguments)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
