@@ -360,7 +360,7 @@ def _slots(layout: Layout, stages: int, keys: int) -> dict[str, Any]:
     }
 
 
-def _columns(layout: Layout, warpgroup: jax.Array) -> Any:
+def _columns(layout: Layout, warpgroup: int) -> Any:
     """The value columns of a warpgroup."""
     return pl.ds((lax.axis_index("slices") * layout.warpgroups + warpgroup) * COLUMNS, COLUMNS)
 
@@ -397,7 +397,7 @@ def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: i
         plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
 
 
-def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
+def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[int], None]) -> None:
     """Splits the warpgroups of a block: the last copies, the others compute and get the registers that it leaves."""
     warpgroup = lax.axis_index("warpgroup")
 
@@ -406,10 +406,13 @@ def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[jax.A
         plgpu.set_max_registers(40, action="decrease")
         copy()
 
-    @pl.when(warpgroup < layout.warpgroups)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-        compute(warpgroup)
+    # A branch each: with a constant index, the addresses of tiles are constants too and leave registers alone.
+    for w in range(layout.warpgroups):
+
+        @pl.when(warpgroup == w)
+        def _(w=w):
+            plgpu.set_max_registers(232, action="increase")
+            compute(w)
 
 
 def _sweep_options(layout: Layout) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _rows(beta: jax.Array, g: jax.Array | None, starts: jax.Array | None) -> jax
     return jnp.stack([beta, chunk_log_decay(g), chunk_log_decay(starts)], axis=2)
 
 
-def heads_per_step(heads: int, width: int) -> int:
+def _group(heads: int, width: int) -> int:
     """Heads in a grid step: the largest divisor of their number within the width."""
     most = max(1, _GROUP_WIDTH // width)
     return max(n for n in range(1, most + 1) if heads % n == 0)
@@ -213,7 +213,7 @@ def _inverse_flops(tokens: int) -> int:
 def _call_forward(q, k, v, rows, state, scale, decayed, packed, keep, interpret):
     heads, time, dim = q.shape
     value_dim, chunks = v.shape[-1], time // CHUNK
-    group = heads_per_step(heads, max(dim, value_dim))
+    group = _group(heads, max(dim, value_dim))
     token, chunk, head = _specs(group, lambda n: n)
     out = [(token(value_dim), _shape(v.shape, v.dtype, q)), (head(dim, value_dim), _shape(state.shape, jnp.float32, q))]
     if keep:
@@ -242,7 +242,7 @@ def _call_forward(q, k, v, rows, state, scale, decayed, packed, keep, interpret)
 def _call_backward(q, k, v, rows, inverse, before, d_output, d_final, scale, decayed, packed, interpret):
     heads, time, dim = q.shape
     value_dim, chunks = v.shape[-1], time // CHUNK
-    group = heads_per_step(heads, max(dim, value_dim))
+    group = _group(heads, max(dim, value_dim))
     token, chunk, head = _specs(group, lambda n: chunks - 1 - n)
     out_shapes = [*(_shape(x.shape, x.dtype, q) for x in (q, k, v)), _shape((heads, chunks, 2, CHUNK), jnp.float32, q)]
     out_shapes.append(_shape(d_final.shape, jnp.float32, q))
