@@ -3,7 +3,8 @@
   pip install "libtpu==0.0.48.*"      beside JAX 0.11.2; 130 MB
   python scripts/compile_delta_rule_tpu.py
 
-Writes tpu_compiled.json and tpu_compiled.md into the results folder: device memory, operations and bytes of both passes.
+Writes tpu_compiled.json and tpu_compiled.md into the results folder: device memory, operations and bytes of both
+passes.
 Nothing is run.
 """
 
