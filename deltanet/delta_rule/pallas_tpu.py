@@ -50,7 +50,10 @@ def _precision(dtype: jnp.dtype) -> Precision:
     """Three bfloat16 passes for what is carried on; six where the caller holds float32."""
     if dtype == jnp.float32:
         return Precision(lax.Precision.HIGHEST, lax.Precision.HIGHEST)
-    return Precision(lax.Precision.HIGH, lax.Precision.DEFAULT)
+    # Before JAX 0.11 kernels know one pass and six, not three.
+    return Precision(
+        lax.Precision.HIGH if jax.__version_info__ >= (0, 11) else lax.Precision.HIGHEST, lax.Precision.DEFAULT
+    )
 
 
 def masked_inverse(m: jax.Array, precision: lax.Precision) -> jax.Array:
