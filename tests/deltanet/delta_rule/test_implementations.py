@@ -1,0 +1,95 @@
+"""One test body for every implementation: values and all gradients against the float64 oracle."""
+
+from functools import partial
+
+import jax
+import pytest
+
+from deltanet.delta_rule import api, pallas_gpu, pallas_tpu
+from tests.deltanet.delta_rule.cases import Case, check
+
+GPU_CASES = "the GPU kernels need JAX 0.11"
+
+# Every length around a chunk, sizes that need padding, and packed rows whose boundaries fall on and off chunks.
+FLOAT32 = (
+    Case(time=1),
+    Case(time=130, dim=60, value_dim=36, gated=True, segments=(1, 63, 10, 56), batch=2, normalize=True),
+    Case(time=100, keys=0.99, beta=2.0, segments=(64, 36)),
+    Case(time=65, keys=1.0, beta=2.0),
+)
+BFLOAT16 = (
+    Case(time=65, keys=0.5, beta="zero"),
+    Case(time=130, keys=0.9, beta="one", gated=True, segments=(30, 70, 30), normalize=True),
+)
+# What is too slow for every day on a CPU: the lengths and sizes of the paper.
+LONG = (
+    *(Case(time=time, dim=64, value_dim=64) for time in (15, 63, 1000, 2048)),
+    *(Case(time=130, dim=dim, value_dim=dim, gated=True) for dim in (32, 60, 64, 100, 128, 256)),
+    *(Case(time=300, dim=64, value_dim=64, keys=keys, beta=2.0) for keys in (0.0, 0.5, 0.9, 0.99, 1.0)),
+    Case(time=300, dim=128, value_dim=64, segments=(1, 127, 100, 72), gated=True, batch=2),
+)
+
+
+def _low(cases: tuple[Case, ...]) -> list[Case]:
+    return [Case(**{**case.__dict__, "dtype": "bfloat16"}) for case in cases]
+
+
+def _interpreted(monkeypatch: pytest.MonkeyPatch, module, interpret) -> None:
+    """Makes the public function run a module's kernels in an interpreter, on whatever device there is."""
+    run = partial(api.run_kernels, module, interpret=interpret)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, module.__name__.rpartition(".")[2], (lambda problem: None, run))
+
+
+@pytest.mark.parametrize("case", [*FLOAT32, *_low(BFLOAT16)], ids=str)
+@pytest.mark.parametrize("name", ["recurrent", "chunked", "pallas_tpu"])
+def test_matches_the_oracle(name, case, monkeypatch):
+    if name == "pallas_tpu":
+        _interpreted(monkeypatch, pallas_tpu, interpret=True)
+    check(partial(api.delta_rule, implementation=name), case)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=GPU_CASES)
+@pytest.mark.parametrize(
+    "case",
+    _low(
+        (
+            Case(time=130, dim=32, value_dim=64, heads=1, keys=1.0, beta=2.0),
+            Case(time=70, dim=64, value_dim=128, heads=1, gated=True, segments=(1, 40, 29), normalize=True),
+        )
+    ),
+    ids=str,
+)
+def test_gpu_kernels_interpreted(case, monkeypatch):
+    _interpret_gpu(monkeypatch)
+    check(partial(api.delta_rule, implementation="pallas_gpu"), case)
+
+
+def _interpret_gpu(monkeypatch):
+    """Shared memory starts as NaN there, and unordered accesses to it are errors."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    _interpreted(monkeypatch, pallas_gpu, plgpu.InterpretGPUParams(detect_races=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*LONG, *_low(LONG)], ids=str)
+@pytest.mark.parametrize("name", ["recurrent", "chunked", "pallas_tpu"])
+def test_matches_the_oracle_on_all_sizes(name, case, monkeypatch):
+    if name == "pallas_tpu":
+        _interpreted(monkeypatch, pallas_tpu, interpret=True)
+    check(partial(api.delta_rule, implementation=name), case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=GPU_CASES)
+@pytest.mark.parametrize("case", _low([case for case in LONG if case.time <= 300]), ids=str)
+def test_gpu_kernels_interpreted_on_all_sizes(case, monkeypatch):
+    _interpret_gpu(monkeypatch)
+    check(partial(api.delta_rule, implementation="pallas_gpu"), Case(**{**case.__dict__, "heads": 1, "batch": 1}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
+@pytest.mark.parametrize("case", _low((*FLOAT32, *BFLOAT16, *LONG)), ids=str)
+def test_gpu_kernels_compiled(case):
+    check(partial(api.delta_rule, implementation="pallas_gpu"), case)
