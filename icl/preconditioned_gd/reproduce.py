@@ -31,7 +31,8 @@ def _test_prompts(context: Context) -> int:
     return 2**17 if context.scale == "cpu" else 2**21
 
 
-_list = functools.partial(numbers, digits=4)
+def _list(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:
+    return numbers(values, digits)
 
 
 def _spread(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:

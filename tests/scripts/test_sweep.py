@@ -63,13 +63,16 @@ partial.replace(workdir / "finished.json")
 """
 
 # The same script with the small trainer, for what needs a process: signals, concurrency, job queues.
+# A shell that runs the tests in the background makes their children ignore SIGINT; the driver heeds it all the same.
 DRIVER = f"""
+import signal
 import sys
 
 sys.path.insert(0, {str(ROOT)!r})
 from scripts import sweep
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sweep.interrupt_on_terminate()
     sys.exit(sweep.main(sys.argv[2:], train=[sys.executable, sys.argv[1]]))
 """
@@ -120,11 +123,6 @@ needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 
-def heed_interrupts() -> None:
-    """Undoes what a shell does to the tests when it runs them in the background: their children ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Sweep:
     """A sweep in a folder of its own: its config file, its trainer, and ways to start it."""
 
@@ -152,7 +150,7 @@ class Sweep:
     def start(self, *more: str) -> subprocess.Popen:
         command = [sys.executable, str(self.driver), str(self.trainer), *self.arguments(*more)]
         with self._out.open("w") as out, self._err.open("w") as err:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, preexec_fn=heed_interrupts)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
         self._started.append(process)
         return process
 
