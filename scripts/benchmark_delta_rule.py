@@ -343,7 +343,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "deltanet", help="folder of the results")
     options = parser.parse_args()
     shapes = [parse_shape(text) for text in options.shapes]
-    record = {"command": "python " + " ".join([Path(__file__).name, *sys.argv[1:]]), **provenance(), "shapes": {}}
+    asked = (
+        f"--shapes {' '.join(options.shapes)} --contenders {' '.join(options.contenders)} --budget {options.budget:g}"
+    )
+    record = {"command": f"python scripts/{Path(__file__).name} {asked}", **provenance(), "shapes": {}}
     for shape in shapes:
         results = record["shapes"][str(shape)] = {}
         for name in options.contenders:

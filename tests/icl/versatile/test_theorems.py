@@ -231,7 +231,7 @@ def test_label_feedback_adapts_the_step(tokens):
     ("problem", "loss"), [("uniform:0", 1.7742), ("uniform:5", 0.896 + 3.1239 / 2), ("levels:1,3", 0.996 + 2.4547 / 2)]
 )
 def test_one_layer(problem, loss):
-    """The closed form against sampled prompts: a minimum, of that loss, and the dossier's adjusted numbers."""
+    """The closed form against sampled prompts: a minimum, of that loss, and independently computed adjusted numbers."""
     n, d = 20, 10
     assert theory.one_layer_loss(problem, n, d) == pytest.approx(loss, abs=2e-3)
     rng = np.random.default_rng(0)
