@@ -2,8 +2,8 @@
 
   python train.py --config=configs/icl/preconditioned_gd/theorem1.py:spectrum=paper --workdir=runs/theorem1
 
-Expected: the distance of Q's block from the closed form below 0.05, the loss within 0.1 % of its minimum. Three
-minutes on two cores.
+Expected: the distance of Q's block from the closed form below 0.05, the loss within 0.1 % of its minimum. Both
+spectra took 27 s on an H200.
 """
 
 from ml_collections import ConfigDict
