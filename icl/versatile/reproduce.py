@@ -596,7 +596,8 @@ _DIFFERS_CPU = (
     "instead of 200000 of 2048, learning rate 3e-3 with cosine decay instead of 1e-4"
 )
 _DIFFERS_GPU = (
-    "40000 steps of batch 1024 instead of 200000 of 2048, learning rate 2e-3 with cosine decay instead of 1e-4"
+    "40000 steps (20000 from 4 layers on) of batch 1024 and learning rate 2e-3 with cosine decay, instead of 200000 of "
+    "2048 and 1e-4"
 )
 _DIFFERS_PAPER = "the paper's steps, batch and learning rate; initialisation 0.01 and clipping at norm 1 are ours"
 _SCALES = {"cpu": _DIFFERS_CPU, "gpu": _DIFFERS_GPU, "paper": _DIFFERS_PAPER}
