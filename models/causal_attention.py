@@ -34,7 +34,8 @@ class CausalAttention(nnx.Module):
             raise UserError(f"a width of {width} does not split into {heads} heads of an even size")
         if window is not None and window < 1:
             raise UserError(f"window={window}: a token sees at least itself")
-        self.heads, self.window, self.rotary_base, self.implementation = heads, window, rotary_base, implementation
+        self.width, self.heads, self.window = width, heads, window
+        self.rotary_base, self.implementation = rotary_base, implementation
         self.qkv = Linear(width, 3 * width, rngs=rngs)
         self.out = Linear(width, width, rngs=rngs)
 

@@ -8,17 +8,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import INIT, MLPS, NORMS, Linear, choose
+from models.layers import ACTIVATION, INIT, MLPS, NORMS, Linear, choose, kept
 from models.recurrent_mixer import Cache
 from training.config import build
 from training.errors import UserError, nearest
 
+_KERNELS = ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd")
+
+
+def _products_and_kernels(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    if primitive.name.startswith(_KERNELS):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+
+
+_named = jax.checkpoint_policies.save_only_these_names(ACTIVATION)
+
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": _products_and_kernels,
+    "activations": jax.checkpoint_policies.save_from_both_policies(_products_and_kernels, _named),
 }
-"""What the backward pass keeps of a layer: everything, only its input, or also its products with weights."""
+"""What the backward pass keeps of a layer: everything; only its input; or also products with weights and what fused
+kernels return, so that only elementwise operations are done twice; or also those activations, in 16 bits, that are
+written to memory anyway, which "none" keeps in float32."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -45,7 +59,7 @@ class Block(nnx.Module):
         self.mlp = kind(width, hidden or kind.default_hidden(width), rngs=rngs) if kind else None
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        return self._feed_forward(x + self.mixer(self.norm1(x), segment_ids))
+        return self._feed_forward(kept(x + self.mixer(self.norm1(x), segment_ids)))
 
     def prefill(self, x: jax.Array, length: int) -> tuple[jax.Array, Cache]:
         y, cache = self.mixer.prefill(self.norm1(x), length)
@@ -76,7 +90,7 @@ class Stack(nnx.Module):
         states = jax.vmap(lambda key: nnx.state(make(key)))(jax.random.split(rngs.params(), repeats))
         self.layers = nnx.merge(graph, states)
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None, remat: str) -> jax.Array:
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None, remat: str, unroll: int) -> jax.Array:
         graph, states = nnx.split(self.layers)
 
         def group(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
@@ -86,7 +100,7 @@ class Stack(nnx.Module):
 
         if REMAT[remat] is not None:
             group = jax.checkpoint(group, policy=REMAT[remat], prevent_cse=False)
-        return jax.lax.scan(group, x, states)[0]
+        return jax.lax.scan(group, x, states, unroll=min(unroll, self.repeats))[0]
 
     def prefill(self, x: jax.Array, length: int) -> tuple[jax.Array, list[Cache]]:
         """As `Block.prefill`, with a cache for each layer, in their order."""
@@ -128,6 +142,8 @@ class CausalLanguageModel(nnx.Module):
       dropout: of the embedded tokens in training.
       dtype: of the computation, "float32" or "bfloat16"; parameters have their own.
       remat: a key of `REMAT`.
+      unroll: repetitions of the pattern that a turn of the loop over layers holds. With all of them nothing is copied
+        into and out of the loop's stacks, and compilation takes as many times longer.
     """
 
     def __init__(
@@ -147,10 +163,11 @@ class CausalLanguageModel(nnx.Module):
         dropout: float = 0.0,
         dtype: str = "float32",
         remat: str = "none",
+        unroll: int = 1,
         rngs: nnx.Rngs,
     ):
         choose(REMAT, remat, "remat")
-        self.dtype, self.remat = choose(DTYPES, dtype, "dtype"), remat
+        self.dtype, self.remat, self.unroll = choose(DTYPES, dtype, "dtype"), remat, unroll
         self.embedding = nnx.Param(INIT(rngs.params(), (vocabulary_size, width)))
         self.positions = None if positions is None else nnx.Param(INIT(rngs.params(), (positions, width)))
         self.dropout = nnx.Dropout(dropout)
@@ -186,7 +203,7 @@ class CausalLanguageModel(nnx.Module):
         x = self._embed(tokens, _positions(tokens, segment_ids))
         x = self.dropout(x, rngs=rngs)
         for stack in self.stacks:
-            x = stack(x, segment_ids, self.remat)
+            x = stack(x, segment_ids, self.remat, self.unroll)
         return self.norm(x)
 
     @property

@@ -9,10 +9,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from training.errors import UserError, nearest
 
 INIT = nnx.initializers.normal(0.02)
+
+
+ACTIVATION = "activation"
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what the backward pass may keep where it does not keep everything; see `models.language_model.REMAT`."""
+    return checkpoint_name(x, ACTIVATION)
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -41,8 +50,8 @@ class RmsNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(wide(x.dtype))
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...]).astype(x.dtype)
+        y = y * kept(jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
+        return kept((y * self.scale[...]).astype(x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -60,15 +69,14 @@ class LayerNorm(nnx.Module):
 
 
 class SwiGlu(nnx.Module):
-    """`W_down (SiLU(x W_gate) * (x W_up))` without biases; the first two matrices are stored side by side."""
+    """`W_down (SiLU(x W_gate) * (x W_up))` without biases."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate_up = Linear(width, 2 * hidden, rngs=rngs)
+        self.gate, self.up = (Linear(width, hidden, rngs=rngs) for _ in range(2))
         self.down = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, -1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(kept(jax.nn.silu(self.gate(x)) * self.up(x)))
 
     @staticmethod
     def default_hidden(width: int) -> int:

@@ -1,7 +1,10 @@
 """Cross-entropy over large vocabularies without ever holding all logits."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def chunked_cross_entropy(
@@ -40,7 +43,7 @@ def _summed(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.
     """The two sums over pieces, [pieces, batch, time, ...]."""
 
     def add(sums, piece):
-        loss, correct, _ = _piece(head, *piece)
+        loss, correct, _, _ = _piece(head, *piece)
         return (sums[0] + loss, sums[1] + correct), None
 
     zero = jnp.zeros((), jnp.float32)
@@ -48,21 +51,26 @@ def _summed(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.
 
 
 def _piece(head, hidden, labels, weights):
-    """The sums of one piece, and its logits, float32 at least, less the logarithm of their sum."""
+    """The sums of one piece, its logits, float32 at least, and the logarithms of the sums of their exponentials."""
     logits = jnp.einsum("btw,wv->btv", hidden, head, preferred_element_type=jnp.promote_types(head.dtype, jnp.float32))
-    log_likelihoods = jax.nn.log_softmax(logits)
-    found = jnp.take_along_axis(log_likelihoods, labels[..., None], -1)[..., 0]
-    right = logits.argmax(-1) == labels
-    sums = -(weights * found).sum().astype(jnp.float32), (weights * right).sum().astype(jnp.float32)
-    return *sums, log_likelihoods
+
+    def at(tokens):
+        return jnp.take_along_axis(logits, tokens[..., None], -1)
+
+    likeliest = logits.argmax(-1)  # and so the maximum is known without reading the logits again
+    maximum = at(likeliest)
+    total = maximum + jnp.log(jnp.exp(logits - maximum).sum(-1, keepdims=True))
+    loss = (weights * (total - at(labels))[..., 0]).sum()
+    correct = (weights * (likeliest == labels)).sum()
+    return loss.astype(jnp.float32), correct.astype(jnp.float32), logits, total
 
 
 def _forward(hidden, head, labels, weights):
     def add(carry, piece):
         loss, correct, d_head = carry
         hidden, labels, weights = piece
-        more, right, log_likelihoods = _piece(head, *piece)
-        d_logits = jnp.exp(log_likelihoods) - jax.nn.one_hot(labels, head.shape[1], dtype=log_likelihoods.dtype)
+        more, right, logits, total = _piece(head, *piece)
+        d_logits = jnp.exp(logits - total) - jax.nn.one_hot(labels, head.shape[1], dtype=logits.dtype)
         d_logits = (weights[..., None] * d_logits).astype(hidden.dtype)
         d_head = d_head + jnp.einsum("btw,btv->wv", hidden, d_logits, preferred_element_type=d_head.dtype)
         return (loss + more, correct + right, d_head), jnp.einsum("btv,wv->btw", d_logits, head)
@@ -80,3 +88,23 @@ def _backward(residuals, cotangents):
 
 
 _summed.defvjp(_forward, _backward)
+
+
+def next_token_loss(model: nnx.Module, batch: Mapping[str, jax.Array], chunk: int, rngs: nnx.Rngs | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean loss of a language model over the weighted tokens of a batch.
+
+    Args:
+      model: a `models.language_model.CausalLanguageModel`.
+      batch: `tokens` and `labels` [batch, time], `weights` [batch, time], and perhaps `segment_ids` [batch, time].
+      chunk: see `chunked_cross_entropy`.
+      rngs: for the model's dropout.
+
+    Returns:
+      The loss and a dict with the share of tokens that are predicted, `accuracy`.
+    """
+    hidden = model.hidden(batch["tokens"], segment_ids=batch.get("segment_ids"), rngs=rngs)
+    weights = batch["weights"].astype(jnp.float32)
+    loss, total, correct = chunked_cross_entropy(hidden, model.head, batch["labels"], weights, chunk=chunk)
+    total = jnp.maximum(total, 1)
+    return loss / total, {"accuracy": correct / total}

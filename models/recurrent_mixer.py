@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import Linear, RmsNorm, ShortConvolution, wide
+from models.layers import Linear, RmsNorm, ShortConvolution, kept, wide
 from training.errors import UserError
 
 Cache = dict[str, Any]
@@ -106,13 +106,13 @@ class RecurrentMixer(nnx.Module):
 
     def _sequence(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         projected = self.qkv(x)
-        u = self.convolution(projected, segment_ids) if self.convolution else projected
+        u = kept(self.convolution(projected, segment_ids)) if self.convolution else projected
         output, state = self.recur(x, *self._heads(u), segment_ids)
         return self._finish(x, output), projected, state
 
     def _heads(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         parts = self.activate(*jnp.split(u, [self.keys, 2 * self.keys], -1))
-        return tuple(part.reshape(*part.shape[:-1], self.heads, -1) for part in parts)
+        return tuple(kept(part).reshape(*part.shape[:-1], self.heads, -1) for part in parts)
 
     def _finish(self, x: jax.Array, output: jax.Array) -> jax.Array:
         y = self.norm(output).reshape(*x.shape[:-1], self.values)
