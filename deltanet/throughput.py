@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -90,7 +90,8 @@ def _backward(residuals, cotangents):
 _summed.defvjp(_forward, _backward)
 
 
-def next_token_loss(model: nnx.Module, batch: Mapping[str, jax.Array], chunk: int, rngs: nnx.Rngs | None = None
+def next_token_loss(
+    model: nnx.Module, batch: Mapping[str, jax.Array], chunk: int, rngs: nnx.Rngs | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The mean loss of a language model over the weighted tokens of a batch.
 

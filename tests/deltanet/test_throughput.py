@@ -1,0 +1,39 @@
+import jax
+import pytest
+
+from deltanet.throughput import Shape, Step, flops_per_token, training_config
+from training.loop import make_program
+
+
+def test_a_step_runs_and_reports_its_cost():
+    config = training_config("tiny", "deltanet", Shape(2, 16), vocabulary_size=10, width=8, depth=1, hidden=8)
+    step = Step(config, 2)
+    seconds, losses = step.seconds(1)
+    assert len(seconds) == 1
+    assert len(losses) == 6
+    assert losses[0] == pytest.approx(2.3, abs=0.1)
+    assert step.peak_bytes > 12 * step.parameters
+
+
+@pytest.mark.parametrize(
+    ("mixer", "length", "mixing"),
+    [
+        # Per token: a head's products with its state, and those inside a chunk of 64.
+        ("deltanet", 64, 8 * (22 * 128**2 + 28 * 64 * 128)),
+        ("softmax", 64, 6 * 64 * 1024),
+        ("softmax", 2048, 6 * 2048 * 1024),
+        ("deltanet_sliding", 64, (8 * (22 * 128**2 + 28 * 64 * 128) + 6 * 64 * 1024) // 2),
+    ],
+)
+def test_operations_of_a_token(mixer, length, mixing):
+    counted = []
+    config = training_config("340M", mixer, Shape(1, length))
+
+    def count():
+        counted.append(flops_per_token(make_program(config).task().init(jax.random.key(0)), length))
+
+    jax.eval_shape(count)
+    weights = 24 * (4 * 1024**2 + 3 * 1024 * 2816) + 32_000 * 1024
+    deltas = {"softmax": 0, "deltanet": 24, "deltanet_sliding": 12}[mixer]
+    weights += deltas * (1024 * 8 + 4 * 3 * 1024)  # step sizes and convolution
+    assert counted[0] == 6 * weights + 24 * mixing
