@@ -18,6 +18,7 @@ from flax import nnx
 from deltanet.delta_rule import delta_rule, delta_rule_step
 from models.layers import FEATURE_MAPS, Linear, choose, wide
 from models.recurrent_mixer import RecurrentMixer, selective_log_decay, step_size_bias
+from training.sharding import over_examples
 
 NORM_EPSILON = 1e-6
 
@@ -75,13 +76,19 @@ class DeltaNet(RecurrentMixer):
         return None
 
     def recur(self, x, q, k, v, segment_ids):
-        return delta_rule(
-            *self._terms(x, q, k, v),
-            self.log_decay(x),
-            segment_ids=segment_ids,
-            l2_normalize=self.l2_normalize,
-            implementation=self.implementation,
-        )
+        def run(q, k, v, beta, decay, segment_ids):
+            return delta_rule(
+                q,
+                k,
+                v,
+                beta,
+                decay,
+                segment_ids=segment_ids,
+                l2_normalize=self.l2_normalize,
+                implementation=self.implementation,
+            )
+
+        return over_examples(run, *self._terms(x, q, k, v), self.log_decay(x), segment_ids)
 
     def recur_step(self, x, q, k, v, cache):
         return delta_rule_step(

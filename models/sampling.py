@@ -52,18 +52,19 @@ def generate(
         raise UserError(f"temperature={temperature} and top_k={top_k}: not negative, and at least 1")
     model.eval()
     graph, state = nnx.split(model)
-    start = _prefill(graph, state, prompt, prompt.shape[1] + tokens)
-    return _continue(graph, state, start, key, tokens, temperature, top_k)[0]
+    start = prefill(graph, state, prompt, prompt.shape[1] + tokens)
+    return extend(graph, state, start, key, tokens, temperature, top_k)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _prefill(graph: nnx.GraphDef, state: nnx.State, prompt: jax.Array, length: int) -> Decoding:
+def prefill(graph: nnx.GraphDef, state: nnx.State, prompt: jax.Array, length: int) -> Decoding:
+    """Reads prompts [batch, time]; there will be room for `length` tokens in all."""
     logits, caches = nnx.merge(graph, state).prefill(prompt, length)
     return Decoding(logits, jnp.full((), prompt.shape[1], jnp.int32), caches)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5, 6), donate_argnums=2)
-def _continue(
+def extend(
     graph: nnx.GraphDef,
     state: nnx.State,
     start: Decoding,
@@ -72,9 +73,10 @@ def _continue(
     temperature: float,
     top_k: int | None,
 ) -> tuple[jax.Array, Decoding]:
-    """The next tokens [batch, tokens], and where that leads."""
-    model = with_matrices_in(nnx.merge(graph, state))
-    layers = model.layers()
+    """The next tokens [batch, tokens], drawn as `generate` says, and where that leads. `start` is donated."""
+    model = nnx.merge(graph, state)
+    layers = [_with_matrices_in(model.dtype, layer) for layer in model.layers()]
+    model = _with_matrices_in(model.dtype, model)
 
     def add(at: Decoding, key: jax.Array) -> tuple[Decoding, jax.Array]:
         token = _draw(at.logits, key, temperature, top_k)
@@ -85,10 +87,10 @@ def _continue(
     return added.T, end
 
 
-def with_matrices_in(model: CausalLanguageModel) -> CausalLanguageModel:
-    """The model with its matrices in the dtype that it computes in, so that they are not converted for every token."""
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim > 1 else x, state))
+def _with_matrices_in(dtype: jnp.dtype, module: nnx.Module) -> nnx.Module:
+    """The module with its matrices in the dtype that it computes in, so that no token converts them again."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, state))
 
 
 def _draw(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | None) -> jax.Array:

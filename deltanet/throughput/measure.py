@@ -1,4 +1,4 @@
-"""How fast language models train and decode: section 4 of the paper, Figure 6, at the size that is asked for."""
+"""Training steps and decoding of language models, compiled and timed."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deltanet.layer import DeltaNet
+from models import sampling
 from models.causal_attention import CausalAttention
 from models.language_model import CausalLanguageModel
 from models.losses import next_token_loss
@@ -139,3 +140,64 @@ class Step:
             losses += np.asarray(metrics["loss"]).tolist()
             samples.append((time.perf_counter() - begin) / self._length)
         return samples[2:], losses
+
+
+class Decoder:
+    """A model that has read `shape.length` tokens of `shape.batch` sequences, and adds the likeliest tokens.
+
+    What it has read does not matter to its speed, so the caches hold zeros.
+
+    Attributes:
+      cache_bytes: of all layers and sequences.
+    """
+
+    def __init__(self, size: str, mixer: str, shape: Shape, tokens: int, **model: Any) -> None:
+        spec = training_config(size, mixer, shape, **model).model.to_dict()
+
+        def make() -> nnx.Module:
+            made = build(spec, rngs=nnx.Rngs(params=jax.random.key(0)))
+            made.eval()
+            return made
+
+        self._tokens, self._shape = tokens, shape
+        self._graph = nnx.graphdef(nnx.eval_shape(make))
+        self._state = jax.jit(lambda: nnx.state(make()))()
+        prompt = jax.ShapeDtypeStruct((shape.batch, 1), jnp.int32)
+        self._start = jax.eval_shape(
+            lambda state, prompt: sampling.prefill(self._graph, state, prompt, shape.length + tokens),
+            self._state,
+            prompt,
+        )
+        self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._start.caches))
+        start, key = self._start, jax.random.key(0)
+        self._run = sampling.extend.lower(self._graph, self._state, start, key, tokens, 0.0, None).compile()
+
+    def seconds(self, repeats: int) -> list[float]:
+        """Seconds for a token of every sequence, `repeats` means over all that are added, after one more."""
+        samples = []
+        for _ in range(repeats + 1):
+            # Integers are the numbers of tokens so far.
+            start = jax.tree.map(
+                lambda x: jnp.full(x.shape, self._shape.length if x.dtype == jnp.int32 else 0, x.dtype), self._start
+            )
+            jax.block_until_ready(start)
+            begin = time.perf_counter()
+            added, _ = self._run(self._state, start, jax.random.key(0))
+            jax.block_until_ready(added)
+            samples.append((time.perf_counter() - begin) / self._tokens)
+        return samples[1:]
+
+
+def matrix_rate(size: int, repeats: int = 20) -> float:
+    """Operations a second of a product of square bfloat16 matrices, the best of three measurements."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            y = product(x, x)
+        y.block_until_ready()
+        seconds.append((time.perf_counter() - begin) / repeats)
+    return 2 * size**3 / min(seconds)
