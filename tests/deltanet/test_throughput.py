@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from deltanet.throughput import Shape, Step, flops_per_token, training_config
+from deltanet.throughput.reproduce import ENTRIES
 from training.loop import make_program
 
 
@@ -37,3 +38,15 @@ def test_operations_of_a_token(mixer, length, mixing):
     deltas = {"softmax": 0, "deltanet": 24, "deltanet_sliding": 12}[mixer]
     weights += deltas * (1024 * 8 + 4 * 3 * 1024)  # step sizes and convolution
     assert counted[0] == 6 * weights + 24 * mixing
+
+
+def test_rows_of_the_figure():
+    training = {"deltanet": {"16x2048": {"seconds": [0.2], "tokens_per_second": 150e3}, "2x16384": {"skipped": "why"}}}
+    decoding = {"deltanet": {"16x2048": {"seconds": [0.1], "tokens_per_second": 160.0, "cache_bytes": 2**21}}}
+    rows = ENTRIES["figure6"].rows({"scale": "gpu", "training": training, "decoding": decoding})
+    assert [(row.ours, row.passed) for row in rows] == [
+        ("150.0", True),
+        ("why", False),
+        ("1.000", True),
+        ("160; 2 MiB of cache", None),
+    ]
