@@ -12,6 +12,7 @@ from models.layers import ACTIVATION, INIT, MLPS, NORMS, Linear, choose, kept
 from models.recurrent_mixer import Cache
 from training.config import build
 from training.errors import UserError, nearest
+from training.sharding import gathered
 
 _KERNELS = ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd")
 
@@ -210,7 +211,7 @@ class CausalLanguageModel(nnx.Module):
     def head(self) -> jax.Array:
         """The matrix of the head, [width, vocabulary], in the model's dtype."""
         kernel = self.embedding[...].T if self.unembedding is None else self.unembedding.kernel[...]
-        return kernel.astype(self.dtype)
+        return gathered(kernel.astype(self.dtype))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., vocabulary] of what `hidden` returns, float32 at least."""
@@ -259,7 +260,7 @@ class CausalLanguageModel(nnx.Module):
         return [layer for stack in self.stacks for layer in stack.unstacked()]
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        x = self.embedding[...][tokens]
+        x = gathered(self.embedding[...])[tokens]  # in float32, in which its gradient adds up
         if self.positions is not None:
             if tokens.ndim > 1 and tokens.shape[1] > len(self.positions[...]):
                 raise UserError(f"{tokens.shape[1]} tokens, but the model has {len(self.positions[...])} positions")

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from training.errors import UserError, nearest
+from training.sharding import gathered
 
 INIT = nnx.initializers.normal(0.02)
 
@@ -37,7 +38,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ gathered(self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -143,7 +144,7 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """`[batch, time, channels]` to the same; tokens of other segments [batch, time] count as zeros."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = gathered(self.kernel[...].astype(x.dtype))
         y = x * kernel[-1]
         for steps in range(1, self.size):
             past = shifted(x, steps)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from training.sharding import devices_in_use
+
 
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, *, chunk: int = 4096
@@ -19,14 +21,14 @@ def chunked_cross_entropy(
       head: [width, vocabulary], of the same dtype.
       labels: [batch, time], integers; where the weight is zero, any.
       weights: [batch, time], float32.
-      chunk: tokens of the whole batch whose logits exist at once, about; at least one of each row.
+      chunk: tokens whose logits a device holds at once, about; at least one of each of its rows.
 
     Returns:
       The sum of `weights * loss`, the sum of the weights, and that of the weights where the likeliest token is the
       label; float32 scalars.
     """
     batch, time = labels.shape
-    size = max(1, min(time, chunk // batch))
+    size = max(1, min(time, chunk * devices_in_use() // batch))
     pieces = -(-time // size)
 
     def cut(x):
