@@ -3,6 +3,7 @@ import pytest
 
 from deltanet.throughput import Shape, Step, flops_per_token, training_config
 from deltanet.throughput.reproduce import ENTRIES
+from tests.training.test_sharding import run_all
 from training.loop import make_program
 
 
@@ -38,6 +39,30 @@ def test_operations_of_a_token(mixer, length, mixing):
     deltas = {"softmax": 0, "deltanet": 24, "deltanet_sliding": 12}[mixer]
     weights += deltas * (1024 * 8 + 4 * 3 * 1024)  # step sizes and convolution
     assert counted[0] == 6 * weights + 24 * mixing
+
+
+TRAIN = """
+import json, sys
+import numpy as np
+from deltanet.throughput import Shape, training_config
+from training.loop import Compiled, make_program
+
+losses = []
+for data, fsdp in ((1, 1), (2, 2)):
+    config = training_config("tiny", sys.argv[1], Shape(4, 70), vocabulary_size=50, dtype="float32", width=64)
+    config.mesh.data, config.mesh.fsdp = data, fsdp
+    compiled = Compiled(make_program(config))
+    state, metrics = compiled.steps(compiled.init(), 0, 3, None)
+    losses.append(np.asarray(metrics["loss"]).tolist())
+print(json.dumps({"losses": losses}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["deltanet", "softmax", "gla", "mamba2"])
+def test_four_devices_train_as_one(mixer):
+    (found,) = run_all((TRAIN, mixer), devices=4)
+    assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-5)
 
 
 def test_rows_of_the_figure():
