@@ -46,10 +46,14 @@ def _sliding_only(width: int, depth: int) -> Spec:
     return {"mixers": {"window": _softmax(width, window=SLIDING_WINDOW)}}
 
 
-def _sliding_hybrid(width: int, depth: int) -> Spec:
+def _sliding_hybrid(window: int) -> Callable[[int, int], Spec]:
     """Every other layer, from the second on, is softmax attention in a window."""
-    mixers = {"delta": _delta(width), "window": _softmax(width, window=SLIDING_WINDOW)}
-    return {"mixers": mixers, "pattern": ("delta", "window")}
+
+    def hybrid(width: int, depth: int) -> Spec:
+        mixers = {"delta": _delta(width), "window": _softmax(width, window=window)}
+        return {"mixers": mixers, "pattern": ("delta", "window")}
+
+    return hybrid
 
 
 def _global_hybrid(width: int, depth: int) -> Spec:
@@ -84,7 +88,8 @@ MIXERS: dict[str, Callable[[int, int], Spec]] = {
     "deltanet_l2_relu": _delta_only(feature_map="relu"),
     "deltanet_negative": _delta_only(negative_eigenvalues=True),
     "deltanet_gate": _delta_only(gate=True),
-    "deltanet_sliding": _sliding_hybrid,
+    "deltanet_sliding": _sliding_hybrid(SLIDING_WINDOW),
+    "deltanet_sliding_256": _sliding_hybrid(256),
     "deltanet_global": _global_hybrid,
     "gated_deltanet": _gated_delta,
     "gated_deltanet_matched": _one(
