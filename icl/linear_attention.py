@@ -22,6 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from icl import congruence_gpu
+
 # A GPU would otherwise round float32 operands to 10 bits of mantissa, and the losses of interest go down to 1e-6.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -156,7 +158,8 @@ def gram_transformer(gram: Gram, query: jax.Array, p: jax.Array, q: jax.Array) -
         t = _residual_sandwich(p_heads, g, q_heads)
         query = _apply(t, query)
         queries.append(query)
-        g = _congruence(t, g)  # after the last layer nobody reads it, and the compiler drops it
+        if len(queries) < len(p):
+            g = _congruence(t, g)
     return jnp.stack(queries)
 
 
@@ -220,7 +223,9 @@ def _last_row(left: jax.Array, middle: jax.Array, right: jax.Array) -> jax.Array
 
 
 def _congruence(t: jax.Array, s: jax.Array) -> jax.Array:
-    """`T S T^T` per prompt, all [d, d, batch]."""
+    """`T S T^T` per prompt for symmetric S, all [d, d, batch]."""
+    if congruence_gpu.serves(t, s):
+        return congruence_gpu.congruence(t, s)
     return product(product(t, s), jnp.swapaxes(t, 0, 1))
 
 

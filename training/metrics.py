@@ -84,7 +84,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._progress = Progress(workdir.name, step, total_steps) if primary else None
         self._pending: tuple[int, Any] | None = None
         self._window: list[dict[str, np.ndarray]] = []
-        self.last: dict[str, Any] = {}
+        self.last: dict[str, Any] = {name: series["value"][-1].tolist() for name, series in read(workdir).items()}
         self.last_checkpoint = step
 
     def steps(self, first: int, metrics: Mapping[str, jax.Array]) -> None:

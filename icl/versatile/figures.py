@@ -35,7 +35,10 @@ def table1(values: dict[str, Any], path: Path, problems: tuple[str, ...] | None 
 
 
 def profiles(values: dict[str, Any], path: Path) -> None:
-    """Figures 2, 3 and 6: loss by noise level; a panel for each training problem and depth."""
+    """Figures 2, 3 and 6: loss by noise level; a panel for each training problem and depth.
+
+    Dotted: without the largest 0.1 % of the prompts' losses, which can make the mean of a deep model.
+    """
     panels = values["panels"]
     columns = min(len(panels), 4)
     drawn, axes = plotting.figure(columns, -(-len(panels) // columns))
@@ -43,10 +46,13 @@ def profiles(values: dict[str, Any], path: Path) -> None:
         for form, profile in panel["models"].items():
             label, color = MODELS[form]
             ax.plot(panel["sigmas"], profile, color=color, label=label)
+            ax.plot(panel["sigmas"], panel["trimmed"][form], ":", color=color)
         for name, color in BASELINES.items():
             ax.plot(panel["sigmas"], panel["baselines"][name], "--", color=color, label=name, lw=1.1)
         top = max(3 * np.median(panel["baselines"]["TunedRR"]), 0.02) if values["adjusted"] else 6
         ax.set(title=f"{problem_name(panel['problem'])}, {panel['layers']} layers", xlabel="noise level", ylim=(0, top))
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
     axes[0, 0].legend(fontsize=7)
     plotting.save(drawn, path)
 

@@ -72,8 +72,15 @@ def baseline_profile(problem: str, tuned: Tuned, count: int) -> dict[str, Any]:
         }
 
 
+@functools.cache
+def _oracle(problem: str, seed: int, count: int) -> np.ndarray:
+    """The oracle's losses, [prompts]; many models are measured on the same prompts."""
+    with jax.enable_x64(True):
+        return np.asarray(oracle_losses(prompts_of(problem, seed, count)))
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "readouts"))
-def _adjusted(
+def _losses(
     graphdef: nnx.GraphDef, states: Any, keys: jax.Array, intervals: jax.Array, readouts: tuple[int, ...]
 ) -> jax.Array:
     def on_chunk(key: jax.Array) -> jax.Array:
@@ -84,7 +91,7 @@ def _adjusted(
             untrained = 0.5 * jnp.square(sequences.w).sum(0)
             return jnp.stack([half_errors(model, sequences, k) if k else untrained for k in readouts])
 
-        return jax.vmap(one)(states) - oracle_losses(spectral(sequences))
+        return jax.vmap(one)(states)
 
     return jnp.moveaxis(jax.lax.map(on_chunk, keys), 0, -2)
 
@@ -109,8 +116,8 @@ def adjusted_errors(
         states = [jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.state(model)) for model in models]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
         intervals = jnp.asarray(interval_table([problem])[0], jnp.float64)
-        errors = _adjusted(graphdef, stacked, _keys(seed, count), intervals, tuple(readouts))
-        return np.asarray(errors).reshape(*errors.shape[:2], -1)
+        losses = _losses(graphdef, stacked, _keys(seed, count), intervals, tuple(readouts))
+        return np.asarray(losses).reshape(*losses.shape[:2], -1) - _oracle(problem, seed, count)
 
 
 def summarize(errors: np.ndarray) -> dict[str, float]:

@@ -17,7 +17,7 @@ from training import metrics
 from training.checkpoint import Checkpoints
 from training.config import override
 from training.errors import UserError
-from training.loop import Compiled, evaluate, make_program, train
+from training.loop import FINISHED_FILE, Compiled, evaluate, make_program, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,6 +135,13 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert second.metrics == first.metrics
     assert (tmp_path / metrics.FILE).stat().st_mtime_ns == stamp
     jax.tree.map(np.testing.assert_array_equal, *(jax.tree.leaves(r.models[1]) for r in (first, second)))
+
+
+def test_a_run_killed_before_it_noted_its_end_still_knows_its_results(tmp_path):
+    config = get_config()
+    whole = train(config, tmp_path)
+    (tmp_path / FINISHED_FILE).unlink()
+    assert train(config, tmp_path).metrics == whole.metrics
 
 
 def test_metrics_hold_every_step_and_every_evaluation(tmp_path):
