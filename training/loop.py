@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, Restored
 from training.config import differences, from_json, to_json
 from training.durations import to_steps
 from training.errors import UserError
@@ -21,6 +21,7 @@ from training.metrics import Recorder, named, replace
 from training.provenance import provenance
 from training.sharding import batch_sharding, check_batch, make_mesh, state_shardings
 from training.step import PRECISIONS, Program, State
+from training.task import Task
 
 CONFIG_FILE = "config.json"
 FINISHED_FILE = "finished.json"
@@ -94,8 +95,22 @@ def evaluate(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
     Raises:
       UserError: there is no run, or no such checkpoint.
     """
+    compiled, restored = _restore(Path(workdir), step)
+    return {"step": restored.step, **named(compiled.evaluate(restored.state))}
+
+
+def load(workdir: str | Path, step: int | None = None) -> tuple[Task, list[nnx.Module]]:
+    """The task of a run, and the models of a checkpoint, the newest or that of `step`: one for each replica.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint.
+    """
+    compiled, restored = _restore(Path(workdir), step)
+    return compiled.program.task(), compiled.program.models(restored.state)
+
+
+def _restore(workdir: Path, step: int | None) -> tuple["Compiled", Restored]:
     use_compilation_cache()
-    workdir = Path(workdir)
     if not (workdir / CONFIG_FILE).exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG_FILE}")
     config = from_json((workdir / CONFIG_FILE).read_text())
@@ -104,7 +119,7 @@ def evaluate(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
         restored = checkpoints.restore(compiled.abstract_state, step)
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet")
-    return {"step": restored.step, **named(compiled.evaluate(restored.state))}
+    return compiled, restored
 
 
 def use_compilation_cache() -> None:
@@ -156,6 +171,7 @@ class Compiled:
     """The program's functions, compiled for its mesh, with the replicas bound."""
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         whole = NamedSharding(program.mesh, PartitionSpec())
         self._replicas = program.replicas
         shapes = jax.eval_shape(program.init, self._replicas)

@@ -159,7 +159,8 @@ class Program:
     def _loss(self, task: Task, params: nnx.State, rest: nnx.State, key: jax.Array, batch: Batch) -> Any:
         dtype = PRECISIONS[self.config.precision]
         model = nnx.merge(self.graphdef, _cast(params, dtype), rest, copy=True)
-        loss, metrics = task.loss(model, _cast(batch, dtype), key)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            loss, metrics = task.loss(model, _cast(batch, dtype), key)
         metrics = jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
         return loss.astype(jnp.float32), (metrics, nnx.state(model, nnx.Not(nnx.Param)))
 
@@ -188,7 +189,8 @@ class Program:
             model = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
             key = replica.key(_DATA)
             evaluators = self.task(replica.values).evaluators()
-            return {name: evaluator(model, key) for name, evaluator in evaluators.items()}
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return {name: evaluator(model, key) for name, evaluator in evaluators.items()}
 
         return self._over_replicas(one, (0, 0))(state, replicas)
 
