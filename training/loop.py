@@ -158,6 +158,8 @@ class Compiled:
     def __init__(self, program: Program) -> None:
         whole = NamedSharding(program.mesh, PartitionSpec())
         self._replicas = program.replicas
+        task = program.task()
+        self._resident = jax.device_put(task.residents(), whole) if hasattr(task, "residents") else None
         shapes = jax.eval_shape(program.init, self._replicas)
         shardings = state_shardings(shapes, program.mesh, replicas=program.count > 1)
         self.abstract_state: State = jax.tree.map(
@@ -173,10 +175,11 @@ class Compiled:
         return self._init(self._replicas)
 
     def steps(self, state: State, step: int, length: int, batches: Any) -> tuple[State, Any]:
-        return self._steps(state, self._replicas, np.int32(step), length=length, batches=batches)
+        data = {"batches": batches, "resident": self._resident}
+        return self._steps(state, self._replicas, np.int32(step), length=length, **data)
 
     def evaluate(self, state: State) -> Any:
-        return self._evaluate(state, self._replicas)
+        return self._evaluate(state, self._replicas, self._resident)
 
 
 class _Data:

@@ -74,10 +74,16 @@ class Program:
     def _over_replicas(self, function: Any, in_axes: Any) -> Any:
         return jax.vmap(function, in_axes) if self.count > 1 else function
 
-    def task(self, values: Mapping[str, Any] | None = None) -> Task:
-        """The task; with a replica's own values where the config replicates some of its arguments."""
+    def task(self, values: Mapping[str, Any] | None = None, resident: Any = None) -> Task:
+        """The task; with a replica's own values where the config replicates some of its arguments.
+
+        Args:
+          values: of the replicated entries.
+          resident: the task's own data as arguments of the compiled program, where it has any.
+        """
         spec = _with_values(self.config, values or {})
-        return build(spec["task"], model=spec["model"], batch_size=self.config.batch_size)
+        more = {} if resident is None else {"resident": resident}
+        return build(spec["task"], model=spec["model"], batch_size=self.config.batch_size, **more)
 
     def to_steps(self, duration: Any) -> int:
         task = self.task()
@@ -110,15 +116,18 @@ class Program:
 
         return self._over_replicas(one, (0,))(replicas)
 
-    def steps(self, state: State, replicas: Replica, step: jax.Array, length: int, batches: Batch = None) -> Any:
+    def steps(
+        self, state: State, replicas: Replica, step: jax.Array, length: int, batches: Batch = None, resident: Any = None
+    ) -> Any:
         """`length` optimiser steps from `step` on; metrics have a leading axis over steps (after that of replicas).
 
         Args:
           batches: host batches stacked on a leading axis over steps; None where the task makes them on the device.
+          resident: see `task`.
         """
 
         def one(state: State, replica: Replica, step: jax.Array, batches: Batch) -> tuple[State, Metrics]:
-            task = self.task(replica.values)
+            task = self.task(replica.values, resident)
             batch_at = self._batch_maker(task, replica, step) if batches is None else lambda _, batch: batch
 
             def body(state: State, slot: tuple[jax.Array, Batch]) -> tuple[State, Metrics]:
@@ -181,13 +190,13 @@ class Program:
         mean = jax.tree.map(lambda m: m.mean(0), (losses, metrics))
         return (mean[0], (mean[1], rest)), jax.tree.map(lambda g: g / pieces, total)
 
-    def evaluate(self, state: State, replicas: Replica) -> dict[str, Metrics]:
-        """The results of all the task's evaluators: evaluator -> metric -> value."""
+    def evaluate(self, state: State, replicas: Replica, resident: Any = None) -> dict[str, Metrics]:
+        """The results of all the task's evaluators: evaluator -> metric -> value. `resident`: see `task`."""
 
         def one(state: State, replica: Replica) -> dict[str, Metrics]:
             model = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
             key = replica.key(_DATA)
-            evaluators = self.task(replica.values).evaluators()
+            evaluators = self.task(replica.values, resident).evaluators()
             return {name: evaluator(model, key) for name, evaluator in evaluators.items()}
 
         return self._over_replicas(one, (0, 0))(state, replicas)
