@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,32 +16,9 @@ from training.config import build
 from training.errors import UserError
 
 
-class Shuffled(Iterator):
-    """Batches of an image set without end, a fresh order every epoch; a pure function of the seed and the step."""
-
-    def __init__(self, data: ImageSet, batch_size: int, repeats: int, seed: int, index: int, count: int):
-        self._data, self._seed, self._step = data, seed, 0
-        self._distinct, self._repeats = batch_size // repeats, repeats
-        self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        per_epoch = len(self._data.images) // self._distinct
-        epoch, place = divmod(self._step, per_epoch)
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._data.images))
-        rows = np.repeat(order[place * self._distinct : (place + 1) * self._distinct], self._repeats)[self._mine]
-        self._step += 1
-        return {"image": self._data.images[rows], "label": self._data.labels[rows].astype(np.int32)}
-
-    def get_state(self) -> int:
-        return self._step
-
-    def set_state(self, state: int) -> None:
-        self._step = state
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageClassification:
-    """Images and labels; softmax cross-entropy with label smoothing.
+    """Images and labels that stay on the device; softmax cross-entropy with label smoothing.
 
     Args:
       model: the model's import path and arguments; it is also given `image_size`, `channels` and `classes`.
@@ -57,6 +34,7 @@ class ImageClassification:
       smoothing: of the labels.
       repeats: copies of an image in a batch, each augmented on its own (repeated augmentation).
       eval_batch: images that are evaluated at once.
+      resident: what `residents` gave, on the device; given by the loop.
     """
 
     model: Mapping[str, Any]
@@ -72,6 +50,7 @@ class ImageClassification:
     smoothing: float = 0.1
     repeats: int = 1
     eval_batch: int = 500
+    resident: Mapping[str, Any] | None = None
 
     resample_every = 1
     batch_axis = 0
@@ -92,13 +71,23 @@ class ImageClassification:
             self.model, image_size=height, channels=channels, classes=self.data.classes, rngs=nnx.Rngs(params=key)
         )
 
-    def batches(self, seed: int, process_index: int, process_count: int) -> Shuffled:
+    def residents(self) -> dict[str, Any]:
+        """The training images and labels as they are, and the test images in batches."""
         if self.batch_size % self.repeats or not 0 < self.batch_size // self.repeats <= len(self.data.images):
             raise UserError(
                 f"a batch of {self.batch_size} with {self.repeats} copies of each image does not fit the "
                 f"{len(self.data.images)} images of {self.dataset}; change batch_size or task.repeats"
             )
-        return Shuffled(self.data, self.batch_size, self.repeats, seed, process_index, process_count)
+        labels = self.data.labels.astype(np.int32)
+        return {"images": self.data.images, "labels": labels, "test": self._test_batches()}
+
+    def batch(self, key: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+        """uint8 images and their labels: each image once in an epoch, in a fresh order, its copies side by side."""
+        count, distinct = len(self.resident["images"]), self.batch_size // self.repeats
+        epoch, place = jnp.divmod(index, count // distinct)
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+        rows = jnp.repeat(jax.lax.dynamic_slice(order, (place * distinct,), (distinct,)), self.repeats)
+        return {"image": self.resident["images"][rows], "label": self.resident["labels"][rows]}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict]:
         model.train()
@@ -126,7 +115,7 @@ class ImageClassification:
                 losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
                 return jnp.sum(counts * (logits.argmax(-1) == labels)), jnp.sum(counts * losses)
 
-            right, losses = jax.lax.map(sums, self._test_batches())
+            right, losses = jax.lax.map(sums, self.resident["test"])
             total = len(self.data.test_images)
             return {"accuracy": right.sum() / total, "loss": losses.sum() / total}
 
@@ -137,18 +126,16 @@ class ImageClassification:
         mean, deviation = _moments(self.dataset, self.folder)
         return ((images.astype(jnp.float32) - mean) / deviation).astype(dtype)
 
-    def _test_batches(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _test_batches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, labels and weights of the test set in batches; weight 0 for what fills up the last one."""
         count = len(self.data.test_images)
         size = min(self.eval_batch, count)
-        fill = -count % size
 
-        def cut(x: np.ndarray) -> jax.Array:
-            x = np.concatenate([x, np.zeros((fill, *x.shape[1:]), x.dtype)])
-            return jnp.asarray(x.reshape(-1, size, *x.shape[1:]))
+        def cut(x: np.ndarray) -> np.ndarray:
+            x = np.concatenate([x, np.zeros((-count % size, *x.shape[1:]), x.dtype)])
+            return x.reshape(-1, size, *x.shape[1:])
 
-        labels = self.data.test_labels.astype(np.int32)
-        return cut(self.data.test_images), cut(labels), cut(np.ones(count, np.float32))
+        return cut(self.data.test_images), cut(self.data.test_labels.astype(np.int32)), cut(np.ones(count, np.float32))
 
 
 def _dtype(model: nnx.Module) -> jnp.dtype:
