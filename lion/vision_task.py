@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data import augment
+from data.augment import Moments, Recipe
 from data.images import ImageSet, load
 from training.config import build
 from training.errors import UserError
@@ -25,13 +25,7 @@ class ImageClassification:
       batch_size: images per step.
       dataset: a key of `data.images.SOURCES`.
       folder: where its files are.
-      crop: pixels by which a crop may be off its place.
-      flip: whether half of the images are mirrored.
-      jitter: of brightness, contrast and saturation.
-      erase: the share of images in which a rectangle is erased.
-      mixup: parameter of mixup's Beta distribution; 0 for none.
-      cutmix: parameter of cutmix's; 0 for none.
-      smoothing: of the labels.
+      augment: arguments of `data.augment.Recipe`.
       repeats: copies of an image in a batch, each augmented on its own (repeated augmentation).
       eval_batch: images that are evaluated at once.
       resident: what `residents` gave, on the device; given by the loop.
@@ -41,13 +35,7 @@ class ImageClassification:
     batch_size: int
     dataset: str
     folder: str
-    crop: int = 4
-    flip: bool = True
-    jitter: float = 0.3
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
+    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeats: int = 1
     eval_batch: int = 500
     resident: Mapping[str, Any] | None = None
@@ -90,17 +78,7 @@ class ImageClassification:
         return {"image": self.resident["images"][rows], "label": self.resident["labels"][rows]}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict]:
-        model.train()
-        crop, flip, jitter, erase, mix, drop = jax.random.split(key, 6)
-        images = self.scaled(batch["image"], _dtype(model))
-        images = augment.crop(crop, images, self.crop)
-        images = augment.flip(flip, images) if self.flip else images
-        images = augment.erase(erase, augment.jitter(jitter, images, self.jitter), self.erase)
-        classes = self.data.classes
-        targets = jax.nn.one_hot(batch["label"], classes) * (1 - self.smoothing) + self.smoothing / classes
-        images, targets = augment.mix(mix, images, targets, self.mixup, self.cutmix)
-        logits = model(images, nnx.Rngs(drop)).astype(jnp.float32)
-        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), {}
+        return classification_loss(model, batch, key, Recipe(**self.augment), self.data.classes, self.moments)
 
     def evaluators(self) -> dict[str, Callable[..., dict[str, jax.Array]]]:
         """Accuracy and loss on the test images, as they are."""
@@ -111,7 +89,8 @@ class ImageClassification:
 
             def sums(batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 images, labels, counts = batch
-                logits = nnx.merge(graph, state)(self.scaled(images, _dtype(model))).astype(jnp.float32)
+                logits = nnx.merge(graph, state)(self.moments.scaled(images).astype(_dtype(model)))
+                logits = logits.astype(jnp.float32)
                 losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
                 return jnp.sum(counts * (logits.argmax(-1) == labels)), jnp.sum(counts * losses)
 
@@ -121,10 +100,9 @@ class ImageClassification:
 
         return {"test": test}
 
-    def scaled(self, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """uint8 images with zero mean and unit variance over the training set, in each channel."""
-        mean, deviation = _moments(self.dataset, self.folder)
-        return ((images.astype(jnp.float32) - mean) / deviation).astype(dtype)
+    @property
+    def moments(self) -> Moments:
+        return _moments(self.dataset, self.folder)
 
     def _test_batches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, labels and weights of the test set in batches; weight 0 for what fills up the last one."""
@@ -138,16 +116,28 @@ class ImageClassification:
         return cut(self.data.test_images), cut(self.data.test_labels.astype(np.int32)), cut(np.ones(count, np.float32))
 
 
+def classification_loss(
+    model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array, recipe: Recipe, classes: int, moments: Moments
+) -> tuple[jax.Array, dict]:
+    """Cross-entropy of a model in training with the targets of an augmented batch, and no further metrics."""
+    model.train()
+    augmentation, drop = jax.random.split(key)
+    images, targets = recipe.apply(augmentation, batch["image"], batch["label"], classes, moments, _dtype(model))
+    logits = model(images, nnx.Rngs(drop)).astype(jnp.float32)
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), {}
+
+
 def _dtype(model: nnx.Module) -> jnp.dtype:
     """The dtype that the loop has cast the parameters to."""
     return jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
 
 
 @functools.cache
-def _moments(dataset: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel over the training images, from counts of the 256 values."""
+def _moments(dataset: str, folder: str) -> Moments:
+    """Of the training images, from counts of the 256 values."""
     images = load(dataset, folder).images
     values = np.arange(256)
     counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
     mean = counts @ values / counts.sum(-1)
-    return mean.astype(np.float32), np.sqrt(counts @ values**2 / counts.sum(-1) - mean**2).astype(np.float32)
+    deviation = np.sqrt(counts @ values**2 / counts.sum(-1) - mean**2)
+    return Moments(mean.astype(np.float32), deviation.astype(np.float32))

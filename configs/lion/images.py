@@ -36,13 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name": "lion.vision_task.ImageClassification",
         "dataset": dataset,
         "folder": argument.folder or f"runs/data/{dataset}",
-        "crop": 4,
-        "flip": True,
-        "jitter": 0.3,
-        "erase": 0.25,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "smoothing": 0.1,
+        "augment": {"crop": 4, "jitter": 0.3, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
         "repeats": 1,
     }
     config.model = {
@@ -66,6 +60,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.warmup = "5%"
     config.log_every = "20 steps"
     config.eval_every = config.checkpoint_every = "25%"
+    if scale == "paper":
+        config.task.augment.update({"rand_layers": 2, "jitter": 0.0})
     if scale == "cpu":
         config.model.update({"width": 24, "heads": 3, "depth": 2})
         config.seeds = (0, 1)

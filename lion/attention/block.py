@@ -62,7 +62,7 @@ def _dyadic(q: jax.Array, k: jax.Array, v: jax.Array, sums: Cumulative, directio
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Products of matrices with their leading axes merged: XLA for CPUs aborts on products of arrays with eight axes."""
+    """Products of matrices with their leading axes merged: XLA for CPUs aborts on products with eight axes."""
     result = dot(subscripts, *(z.reshape(-1, *z.shape[-2:]) for z in (x, y)))
     return result.reshape(*x.shape[:-2], *result.shape[-2:])
 

@@ -36,7 +36,15 @@ def task(monkeypatch):
     )
     monkeypatch.setitem(images.SOURCES, "noise", lambda folder: data)
     return lambda **options: ImageClassification(
-        **{"model": MODEL, "batch_size": 8, "dataset": "noise", "folder": "", "eval_batch": 3, "crop": 2, **options}
+        **{
+            "model": MODEL,
+            "batch_size": 8,
+            "dataset": "noise",
+            "folder": "",
+            "eval_batch": 3,
+            "augment": {"crop": 2},
+            **options,
+        }
     )
 
 
@@ -80,9 +88,9 @@ def test_the_loss_and_the_evaluator(task):
     assert abs(float(loss) - np.log(4)) < 0.2
     model = nnx.merge(graph, state)
     model.eval()
-    logits = jax.jit(lambda x: model(made.scaled(x, jnp.float32)), compiler_options=FAST_COMPILE)(made.data.test_images)
+    logits = jax.jit(lambda x: model(made.moments.scaled(x)), compiler_options=FAST_COMPILE)(made.data.test_images)
     np.testing.assert_allclose(test["accuracy"], np.mean(logits.argmax(-1) == made.data.test_labels))
-    scaled = made.scaled(made.data.images, jnp.float32)
+    scaled = made.moments.scaled(made.data.images)
     np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(scaled.std((0, 1, 2)), 1, atol=1e-5)
 
