@@ -36,7 +36,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name": "lion.vision_task.ImageClassification",
         "dataset": dataset,
         "folder": argument.folder or f"runs/data/{dataset}",
-        "augment": {"crop": 4, "jitter": 0.3, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
+        "augment": {
+            "crop": 4,
+            "rand_layers": 0,
+            "jitter": 0.3,
+            "erase": 0.25,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "smoothing": 0.1,
+        },
         "repeats": 1,
     }
     config.model = {
