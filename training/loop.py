@@ -124,6 +124,8 @@ def make_program(config: ConfigDict) -> Program:
         raise UserError(f"precision={config.precision!r}: choose from {', '.join(PRECISIONS)}")
     if config.on_nonfinite not in ("stop", "record"):
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}: choose from stop, record")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay={config.ema_decay}: choose a number from 0 (no average) to below 1")
     if config.steps_per_dispatch < 1 or config.optimizer.accumulate < 1:
         raise UserError("steps_per_dispatch and optimizer.accumulate are at least 1")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)

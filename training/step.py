@@ -30,6 +30,7 @@ class State(NamedTuple):
     params: nnx.State
     rest: nnx.State  # other variables of the model, such as running statistics
     opt_state: optax.OptState
+    average: nnx.State | None = None  # moving average of the parameters, where the config asks for one
 
 
 class Replica(NamedTuple):
@@ -112,7 +113,8 @@ class Program:
         def one(replica: Replica) -> State:
             model = self.task(replica.values).init(replica.key(_INIT))
             _, params, rest = nnx.split(model, nnx.Param, ...)
-            return State(params, rest, self._optimizer(replica.values).init(params))
+            average = jax.tree.map(jnp.copy, params) if self.config.ema_decay else None
+            return State(params, rest, self._optimizer(replica.values).init(params), average)
 
         return self._over_replicas(one, (0,))(replicas)
 
@@ -163,7 +165,12 @@ class Program:
             value_fn=lambda params: objective(params, state.rest, key, batch)[0],
         )
         params = optax.apply_updates(state.params, updates)
-        return State(params, rest, opt_state), {"loss": loss, **metrics}
+        return State(params, rest, opt_state, self._averaged(state.average, params)), {"loss": loss, **metrics}
+
+    def _averaged(self, average: nnx.State | None, params: nnx.State) -> nnx.State | None:
+        if average is None:
+            return None
+        return jax.tree.map(lambda a, p: a + (1 - self.config.ema_decay) * (p - a), average, params)
 
     def _loss(self, task: Task, params: nnx.State, rest: nnx.State, key: jax.Array, batch: Batch) -> Any:
         dtype = PRECISIONS[self.config.precision]
@@ -191,13 +198,19 @@ class Program:
         return (mean[0], (mean[1], rest)), jax.tree.map(lambda g: g / pieces, total)
 
     def evaluate(self, state: State, replicas: Replica, resident: Any = None) -> dict[str, Metrics]:
-        """The results of all the task's evaluators: evaluator -> metric -> value. `resident`: see `task`."""
+        """The results of all the task's evaluators: evaluator -> metric -> value. `resident`: see `task`.
+
+        Those of the moving average of the parameters, if there is one, are under the evaluator's name with `_ema`.
+        """
 
         def one(state: State, replica: Replica) -> dict[str, Metrics]:
-            model = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
-            key = replica.key(_DATA)
             evaluators = self.task(replica.values, resident).evaluators()
-            return {name: evaluator(model, key) for name, evaluator in evaluators.items()}
+            results = {}
+            for suffix, params in (("", state.params), ("_ema", state.average)):
+                if params is not None:
+                    model = nnx.merge(self.graphdef, params, state.rest, copy=True)
+                    results |= {name + suffix: run(model, replica.key(_DATA)) for name, run in evaluators.items()}
+            return results
 
         return self._over_replicas(one, (0, 0))(state, replicas)
 
