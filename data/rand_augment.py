@@ -58,14 +58,14 @@ def rand_augment(
       float32, whole values from 0 to 255.
     """
 
+    def layer(image: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        which, skip, strength, sign = jax.random.split(key, 4)
+        operation = jnp.where(jax.random.bernoulli(skip), NONE, jax.random.randint(which, (), 0, NONE))
+        level = jnp.clip(magnitude + deviation * jax.random.normal(strength), 0, 10) / 10
+        return apply(image, operation, level, jax.random.rademacher(sign, (), jnp.float32), fill), None
+
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
-        for layer_key in jax.random.split(key, layers):
-            which, skip, strength, sign = jax.random.split(layer_key, 4)
-            operation = jax.random.randint(which, (), 0, NONE)
-            operation = jnp.where(jax.random.bernoulli(skip), NONE, operation)
-            level = jnp.clip(magnitude + deviation * jax.random.normal(strength), 0, 10) / 10
-            image = apply(image, operation, level, jax.random.rademacher(sign, (), jnp.float32), fill)
-        return image
+        return jax.lax.scan(layer, image, jax.random.split(key, layers))[0]
 
     return jax.vmap(one)(jax.random.split(key, len(images)), images.astype(jnp.float32))
 

@@ -67,7 +67,8 @@ class ImageClassification:
                 f"{len(self.data.images)} images of {self.dataset}; change batch_size or task.repeats"
             )
         labels = self.data.labels.astype(np.int32)
-        return {"images": self.data.images, "labels": labels, "test": self._test_batches()}
+        test = in_batches(self.data.test_images, self.data.test_labels.astype(np.int32), self.eval_batch)
+        return {"images": self.data.images, "labels": labels, "test": test}
 
     def batch(self, key: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
         """uint8 images and their labels: each image once in an epoch, in a fresh order, its copies side by side."""
@@ -82,38 +83,11 @@ class ImageClassification:
 
     def evaluators(self) -> dict[str, Callable[..., dict[str, jax.Array]]]:
         """Accuracy and loss on the test images, as they are."""
-
-        def test(model: nnx.Module, key: jax.Array) -> dict[str, jax.Array]:
-            model.eval()
-            graph, state = nnx.split(model)
-
-            def sums(batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                images, labels, counts = batch
-                logits = nnx.merge(graph, state)(self.moments.scaled(images).astype(_dtype(model)))
-                logits = logits.astype(jnp.float32)
-                losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
-                return jnp.sum(counts * (logits.argmax(-1) == labels)), jnp.sum(counts * losses)
-
-            right, losses = jax.lax.map(sums, self.resident["test"])
-            total = len(self.data.test_images)
-            return {"accuracy": right.sum() / total, "loss": losses.sum() / total}
-
-        return {"test": test}
+        return {"test": lambda model, key: tested(model, self.resident["test"], self.moments)}
 
     @property
     def moments(self) -> Moments:
         return _moments(self.dataset, self.folder)
-
-    def _test_batches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images, labels and weights of the test set in batches; weight 0 for what fills up the last one."""
-        count = len(self.data.test_images)
-        size = min(self.eval_batch, count)
-
-        def cut(x: np.ndarray) -> np.ndarray:
-            x = np.concatenate([x, np.zeros((-count % size, *x.shape[1:]), x.dtype)])
-            return x.reshape(-1, size, *x.shape[1:])
-
-        return cut(self.data.test_images), cut(self.data.test_labels.astype(np.int32)), cut(np.ones(count, np.float32))
 
 
 def classification_loss(
@@ -125,6 +99,35 @@ def classification_loss(
     images, targets = recipe.apply(augmentation, batch["image"], batch["label"], classes, moments, _dtype(model))
     logits = model(images, nnx.Rngs(drop)).astype(jnp.float32)
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), {}
+
+
+def in_batches(images: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, labels and weights with a leading axis over batches; weight 0 for what fills up the last one."""
+    size = min(size, len(images))
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        x = np.concatenate([x, np.zeros((-len(x) % size, *x.shape[1:]), x.dtype)])
+        return x.reshape(-1, size, *x.shape[1:])
+
+    return cut(images), cut(labels), cut(np.ones(len(images), np.float32))
+
+
+def tested(
+    model: nnx.Module, batches: tuple[jax.Array, jax.Array, jax.Array], moments: Moments
+) -> dict[str, jax.Array]:
+    """Accuracy and mean loss of a model on uint8 images in batches, as `in_batches` makes them."""
+    model.eval()
+    graph, state = nnx.split(model)
+
+    def sums(batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        images, labels, weights = batch
+        logits = nnx.merge(graph, state)(moments.scaled(images).astype(_dtype(model))).astype(jnp.float32)
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+        return jnp.sum(weights * (logits.argmax(-1) == labels)), jnp.sum(weights * losses)
+
+    right, losses = jax.lax.map(sums, batches)
+    total = batches[2].sum()
+    return {"accuracy": right.sum() / total, "loss": losses.sum() / total}
 
 
 def _dtype(model: nnx.Module) -> jnp.dtype:
