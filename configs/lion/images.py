@@ -7,7 +7,8 @@ The sweep trains all arms of `lion.ablations`, three seeds of each at once. The 
 depth, and patches of 4 pixels (Fashion-MNIST, 49 tokens and the class token) or 8 (EuroSAT, 64 and the class token).
 These are not the paper's data: its tables are on CIFAR-100, with a resolution and a schedule that it does not state.
 
-`folder` holds the publisher's files; by default it is where `scripts/prepare_data.py` puts them. Scale `cpu` is a tiny
+`folder` holds the publisher's files (of `tfds_fashion_mnist` TFDS's); by default it is where
+`scripts/prepare_data.py` puts them. Scale `cpu` is a tiny
 model and a few hundred steps, which shows that everything runs; `gpu` fits all arms of a data set into minutes; `paper`
 is a hundred epochs (EuroSAT: three hundred) with DeiT's augmentation.
 """
@@ -18,6 +19,7 @@ from lion.ablations import ARMS
 from training.config import base_config, parse_argument
 
 SCALES = ("cpu", "gpu", "paper")
+FOLDERS = {"eurosat": "eurosat", "fashion_mnist": "fashion_mnist", "tfds_fashion_mnist": "tfds"}
 PATCH = {"eurosat": 8, "fashion_mnist": 4}
 EPOCHS = {
     "cpu": {"eurosat": 1, "fashion_mnist": 0.1},
@@ -29,13 +31,13 @@ BATCH = {"cpu": 50, "gpu": 250, "paper": 500}
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Arguments: `dataset`, `folder` of its files, `arm` (of `lion.ablations.ARMS`) and `scale`."""
-    argument = parse_argument(arg, dataset=tuple(PATCH), folder="", arm="s", scale=SCALES)
-    dataset, scale = argument.dataset, argument.scale
+    argument = parse_argument(arg, dataset=tuple(FOLDERS), folder="", arm="s", scale=SCALES)
+    dataset, scale = argument.dataset.removeprefix("tfds_"), argument.scale
     config = base_config()
     config.task = {
         "name": "lion.vision_task.ImageClassification",
-        "dataset": dataset,
-        "folder": argument.folder or f"runs/data/{dataset}",
+        "dataset": argument.dataset,
+        "folder": argument.folder or f"runs/data/{FOLDERS[argument.dataset]}",
         "augment": {
             "crop": 4,
             "rand_layers": 0,
