@@ -4,9 +4,9 @@
   python train.py --config=configs/lion/imagenet.py:variant=S,mixer=lion_s --workdir=runs/imagenet_s
   python train.py --config=... --workdir=... --config.mesh.data=8 --config.task.workers=32
 
-`variant` is Ti, S or B; `mixer` one of `lion.vision.MIXERS`: the paper's natural signs are `lion_d_two_scans` and
-`lion_s_two_scans`, whose scans follow the rows and the columns of the patches in snake order. `positions` is `default`
-(for mixers without another sense of position), `on` or `off`.
+`variant` is Ti, S or B; `mixer` one of `lion.vision.MIXERS`, or `deltanet`, which runs in both directions. The paper's
+natural signs are `lion_d_two_scans` and `lion_s_two_scans`, whose scans follow the rows and the columns of the patches
+in snake order. `positions` is `default` (for mixers without another sense of position), `on` or `off`.
 
 The recipe is the released script's: 300 epochs, AdamW with 5e-4 for 512 images, cosine to 1 % after five epochs of
 warm-up, weight decay 0.05 on matrices, drop path 0.1, RandAugment, random erasing, mixup or cutmix, label smoothing and
@@ -24,6 +24,7 @@ from lion.vision import MIXERS, WITHOUT_POSITIONS
 from training.config import base_config, parse_argument
 from training.errors import UserError, nearest
 
+DELTANET = {"name": "lion.mixers.DeltaNet", "op": "deltanet.delta_rule.delta_rule"}
 POSITIONS = ("default", "on", "off")
 
 
@@ -32,8 +33,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     argument = parse_argument(
         arg, variant=("S", "Ti", "B"), mixer="lion_s", positions=POSITIONS, data_dir="runs/data/tfds"
     )
-    if argument.mixer not in MIXERS:
-        raise UserError(f"mixer={argument.mixer!r} does not exist: {nearest(argument.mixer, MIXERS)}")
+    if argument.mixer not in (known := {**MIXERS, "deltanet": DELTANET}):
+        raise UserError(f"mixer={argument.mixer!r} does not exist: {nearest(argument.mixer, known)}")
     config = base_config()
     config.task = {
         "name": "lion.imagenet_task.PreparedImageClassification",
@@ -62,7 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = {
         "name": "lion.vision.vision_transformer",
         "size": argument.variant,
-        "mixer": argument.mixer,
+        "mixer": DELTANET if argument.mixer == "deltanet" else argument.mixer,
         "position_embedding": positions,
         "patch": 16,
         "drop_path": 0.1,

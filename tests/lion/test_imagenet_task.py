@@ -101,6 +101,12 @@ def test_every_mixer_has_a_configuration(mixer):
     assert imagenet(mixer=mixer).model.position_embedding == (mixer in ("softmax", "lion_lit"))
 
 
+def test_deltanet_in_both_directions():
+    program = make_program(imagenet("Ti", "deltanet"))
+    state = jax.eval_shape(program.init, program.replicas)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 5_679_592 + 12 * 3 * 193
+
+
 def test_an_unknown_mixer():
     with pytest.raises(UserError, match="mixer='lion_r' does not exist: did you mean"):
         imagenet(mixer="lion_r")
