@@ -1,139 +1,15 @@
 """The tables and figures of "Linear Attention for Efficient Bidirectional Sequence Modeling" (arXiv:2502.16249)."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from lion import figures
-from lion.ablations import ARMS
-from training.report import Context, Entry, Row
-
-Values = dict[str, Any]
-
-# Tables 13, 14 and 16: what an image classifier owes to each part.
-
-DATASETS = {"eurosat": "EuroSAT", "fashion_mnist": "Fashion-MNIST"}
-
-
-class Order(NamedTuple):
-    """The paper's claim that one arm is better than another."""
-
-    better: str
-    worse: str
-    paper: str
-
-
-def _printed(better: str, worse: str) -> Order:
-    return Order(better, worse, f"{ARMS[better].paper:.2f} against {ARMS[worse].paper:.2f}")
-
-
-ORDERS = (
-    _printed("softmax", "softmax_bare"),
-    _printed("lit", "lit_bare"),
-    _printed("s", "softmax"),
-    _printed("s", "d"),
-    _printed("d", "lit"),
-    _printed("s_two_scans", "s"),
-    Order("d_two_scans", "d", "79.9 against 73.5 (Small, ImageNet)"),
-    _printed("s", "s_vector"),
-    _printed("s", "s_forward"),
-    _printed("s", "s_backward"),
-    _printed("s", "s_alternating"),
-    _printed("s_alternating", "s_forward"),
-    Order("s", "s_frozen", "a learned gate; the released code's gets no gradient"),
-    Order("s", "s_doubled", "claimed, no number"),
-    Order("d", "d_doubled", "claimed, no number"),
-    Order("s", "s_elu", "the paper's feature map against ELU + 1, no number"),
-    Order("lit", "lit_elu", "the paper's feature map against that of its code, no number"),
-)
-
-
-def _run_ablations(context: Context) -> Values:
-    accuracy: dict[str, dict[str, list[float]]] = {}
-    for dataset in DATASETS:
-        accuracy[dataset] = {}
-        for arm in ARMS:  # the folders are those of scripts/sweep.py, which can train the arms side by side
-            metrics = context.metrics(
-                f"ablations/{dataset}/model.arm={arm}",
-                f"configs/lion/images.py:dataset={dataset},scale={context.scale}",
-                {"model.arm": arm},
-            )
-            accuracy[dataset][arm] = [100 * value for value in metrics["test/accuracy"]]
-    return {"scale": context.scale, "accuracy": accuracy}
-
-
-def difference(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float]:
-    """Difference of the means over seeds, and its standard error (Welch's)."""
-    x, y = np.asarray(better), np.asarray(worse)
-    return float(x.mean() - y.mean()), float(np.sqrt(x.var(ddof=1) / len(x) + y.var(ddof=1) / len(y)))
-
-
-def _rows_ablations(values: Values) -> list[Row]:
-    rows = []
-    for dataset, found in values["accuracy"].items():
-        for arm, accuracies in found.items():
-            paper = "" if ARMS[arm].paper is None else f"{ARMS[arm].paper:.2f} (CIFAR-100)"
-            seeds = ", ".join(f"{a:.2f}" for a in accuracies)
-            ours = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} ({seeds})"
-            rows.append(Row(f"{DATASETS[dataset]}: {ARMS[arm].title}", paper, ours))
-        rows += [_order(values["scale"], dataset, found, order) for order in ORDERS]
-        rows.append(_ranks(dataset, found))
-    return rows
-
-
-def _order(scale: str, dataset: str, found: dict[str, list[float]], order: Order) -> Row:
-    """Whether the seeds bear out an order: differences below two standard errors decide nothing."""
-    gap, error = difference(found[order.better], found[order.worse])
-    decided = abs(gap) > 2 * error and scale != "cpu"
-    verdict = ("agrees" if gap > 0 else "contradicts the paper") if decided else "undecided"
-    return Row(
-        f"{DATASETS[dataset]}: {ARMS[order.better].title} above {ARMS[order.worse].title}",
-        order.paper,
-        f"{gap:+.2f} ± {error:.2f}: {verdict}",
-        "above zero by two standard errors" if scale != "cpu" else "at scale gpu: above zero by two standard errors",
-        gap > 0 if decided else None,
-    )
-
-
-def _ranks(dataset: str, found: dict[str, list[float]]) -> Row:
-    """Spearman's rank correlation with the accuracies that the paper prints."""
-    arms = [arm for arm in found if ARMS[arm].paper is not None]
-    ranks = [np.argsort(np.argsort([score(arm) for arm in arms])) for score in (_paper, lambda a: np.mean(found[a]))]
-    correlation = np.corrcoef(*ranks)[0, 1]
-    text = f"{DATASETS[dataset]}: rank correlation with the paper over {len(arms)} arms"
-    return Row(text, "1", f"{correlation:.2f}")
-
-
-def _paper(arm: str) -> float:
-    return ARMS[arm].paper
-
-
-def _draw_ablations(values: Values, path: Path) -> None:
-    titles = {arm: ARMS[arm].title for arm in ARMS}
-    paper = {arm: [ARMS[arm].paper] for arm in ARMS if ARMS[arm].paper is not None}
-    panels = {DATASETS[name]: found for name, found in values["accuracy"].items()}
-    figures.dots(titles, {**panels, "CIFAR-100, the paper": paper}, "top-1 accuracy (%)", path)
-
+from lion.ablation_table import EUROSAT, FASHION_MNIST
+from lion.benchmark_tables import CHUNK_SIZES, INFERENCE, TRAINING_RESOLUTIONS, TRAINING_SPEED
+from lion.stability import STABILITY
 
 ENTRIES = {
-    "ablations": Entry(
-        title="Tables 13, 14 and 16: positions, decays, directions, scans, feature map, diagonal",
-        claim="on CIFAR-100, LION-S♮ 80.07 > LION-S 77.56 > softmax 77.33 > LION-D 75.66 > LION-LIT 73.61 > softmax "
-        "without positions 73.15 > one direction 69.6 to 71.1 > a decay for each channel 67.55 > LION-LIT without "
-        "positions 65.28; counting a token twice is worse (no number)",
-        scales={
-            "cpu": "EuroSAT (600 images of each class) and Fashion-MNIST instead of CIFAR-100; two blocks of width 24, "
-            "two seeds, about a hundred steps: shows that everything runs, and judges nothing",
-            "gpu": "EuroSAT (600 images of each class, 64 pixels, patches of 8, 100 epochs) and Fashion-MNIST (28 "
-            "pixels, patches of 4, 10 epochs) instead of CIFAR-100; the paper's Tiny model, crop, flip, jitter, "
-            "erasing, mixup and cutmix but no RandAugment, three seeds",
-            "paper": "EuroSAT (300 epochs) and Fashion-MNIST (100 epochs) instead of CIFAR-100, whose resolution and "
-            "schedule the paper does not state; three seeds",
-        },
-        run=_run_ablations,
-        rows=_rows_ablations,
-        draw=_draw_ablations,
-    ),
+    "ablations/eurosat": EUROSAT,
+    "ablations/fashion_mnist": FASHION_MNIST,
+    "stability": STABILITY,
+    "training_speed": TRAINING_SPEED,
+    "training_resolutions": TRAINING_RESOLUTIONS,
+    "inference": INFERENCE,
+    "chunk_sizes": CHUNK_SIZES,
 }
