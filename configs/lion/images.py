@@ -1,11 +1,14 @@
-"""Small vision transformers on real images: the ablations of Tables 13, 14 and 16 on Fashion-MNIST or EuroSAT.
+r"""Small vision transformers on real images: the ablations of Tables 13, 14 and 16 on Fashion-MNIST or EuroSAT.
 
   python train.py --config=configs/lion/images.py:dataset=eurosat,arm=s --workdir=runs/lion_s
-  python scripts/sweep.py --config=configs/lion/images.py:dataset=eurosat,scale=gpu --workdir=runs/eurosat --workers=8
+  python scripts/sweep.py --config=configs/lion/images.py:dataset=eurosat,scale=gpu \
+      --workdir=runs/reproduce/gpu/ablations/eurosat --workers=9
+  python scripts/reproduce.py lion/ablations/eurosat --scale=gpu
 
-The sweep trains all arms of `lion.ablations`, three seeds of each at once. The model has the paper's Tiny width, and
-patches of 4 pixels (Fashion-MNIST, 49 tokens and the class token) or 8 (EuroSAT, 64 and the class token).
-These are not the paper's data: its tables are on CIFAR-100, with a resolution and a schedule that it does not state.
+The sweep trains all arms of `lion.ablations`, nine at a time here and three seeds of each at once, and leaves them where
+the entry finds them; without it the entry trains one arm after another. The model has the paper's Tiny width, and
+patches of 4 pixels (Fashion-MNIST, 49 tokens and the class token) or 8 (EuroSAT, 64 and the class token). These are not
+the paper's data: its tables are on CIFAR-100, with a resolution and a schedule that it does not state.
 
 `folder` holds the publisher's files (of `tfds_fashion_mnist` TFDS's); by default it is where
 `scripts/prepare_data.py` puts them. Scale `cpu` is a tiny model and a few hundred steps, which shows that everything
