@@ -5,8 +5,8 @@ r"""Small vision transformers on real images: the ablations of Tables 13, 14 and
       --workdir=runs/reproduce/gpu/ablations/eurosat --workers=9
   python scripts/reproduce.py lion/ablations/eurosat --scale=gpu
 
-The sweep trains all arms of `lion.ablations`, nine at a time here and three seeds of each at once, and leaves them where
-the entry finds them; without it the entry trains one arm after another. The model has the paper's Tiny width, and
+The sweep trains all arms of `lion.ablations`, nine at a time here and three seeds of each at once, and leaves them
+where the entry finds them; without it the entry trains one arm after another. The model has the paper's Tiny width, and
 patches of 4 pixels (Fashion-MNIST, 49 tokens and the class token) or 8 (EuroSAT, 64 and the class token). These are not
 the paper's data: its tables are on CIFAR-100, with a resolution and a schedule that it does not state.
 
