@@ -63,6 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "implementation": "xla",  # three seeds at once, and fewer tokens than the kernels are made for
     }
     config.seeds = (0, 1, 2)
+    config.on_nonfinite = "record"  # an arm that diverges is a result
     config.precision = "bfloat16"
     config.steps = f"{EPOCHS[scale][dataset]} epochs"
     config.batch_size = BATCH[scale]
