@@ -132,5 +132,5 @@ def _entry(dataset: str, images: str, epochs: dict[str, int]) -> Entry:
     )
 
 
-EUROSAT = _entry("eurosat", "EuroSAT (600 images of each class, 64 pixels, patches of 8)", {"gpu": 80, "paper": 300})
+EUROSAT = _entry("eurosat", "EuroSAT (600 images of each class, 64 pixels, patches of 8)", {"gpu": 60, "paper": 300})
 FASHION_MNIST = _entry("fashion_mnist", "Fashion-MNIST (28 pixels, patches of 4)", {"gpu": 8, "paper": 100})

@@ -26,7 +26,7 @@ FOLDERS = {"eurosat": "eurosat", "fashion_mnist": "fashion_mnist", "tfds_fashion
 PATCH = {"eurosat": 8, "fashion_mnist": 4}
 EPOCHS = {
     "cpu": {"eurosat": 1, "fashion_mnist": 0.1},
-    "gpu": {"eurosat": 80, "fashion_mnist": 8},
+    "gpu": {"eurosat": 60, "fashion_mnist": 8},
     "paper": {"eurosat": 300, "fashion_mnist": 100},
 }
 BATCH = {"cpu": 50, "gpu": 250, "paper": 500}
