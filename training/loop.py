@@ -139,6 +139,8 @@ def make_program(config: ConfigDict) -> Program:
         raise UserError(f"precision={config.precision!r}: choose from {', '.join(PRECISIONS)}")
     if config.on_nonfinite not in ("stop", "record"):
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}: choose from stop, record")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay={config.ema_decay}: choose a number from 0 (no average) to below 1")
     if config.steps_per_dispatch < 1 or config.optimizer.accumulate < 1:
         raise UserError("steps_per_dispatch and optimizer.accumulate are at least 1")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -174,6 +176,8 @@ class Compiled:
         self.program = program
         whole = NamedSharding(program.mesh, PartitionSpec())
         self._replicas = program.replicas
+        task = program.task()
+        self._resident = jax.device_put(task.residents(), whole) if hasattr(task, "residents") else None
         shapes = jax.eval_shape(program.init, self._replicas)
         shardings = state_shardings(shapes, program.mesh, replicas=program.count > 1)
         self.abstract_state: State = jax.tree.map(
@@ -189,10 +193,11 @@ class Compiled:
         return self._init(self._replicas)
 
     def steps(self, state: State, step: int, length: int, batches: Any) -> tuple[State, Any]:
-        return self._steps(state, self._replicas, np.int32(step), length=length, batches=batches)
+        data = {"batches": batches, "resident": self._resident}
+        return self._steps(state, self._replicas, np.int32(step), length=length, **data)
 
     def evaluate(self, state: State) -> Any:
-        return self._evaluate(state, self._replicas)
+        return self._evaluate(state, self._replicas, self._resident)
 
 
 class _Data:
