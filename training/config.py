@@ -49,6 +49,8 @@ def base_config() -> ConfigDict:
             "eval_every": "10%",
             "checkpoint_every": "10%",
             "keep_checkpoints": 2,
+            # Ends the run at the evaluation where, of every seed, a replica's metric is at least this; "" is never.
+            "stop": {"metric": "", "at_least": 0.0},
             "on_nonfinite": "stop",  # or "record": go on, as long as one replica is finite
             "mesh": {"data": 1, "fsdp": 1},  # devices along each axis; -1: all that are left
             "wandb": {"mode": "disabled", "project": "linear-transformers", "name": ""},

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from training.checkpoint import Checkpoints, Restored
 from training.config import differences, from_json, to_json
 from training.durations import to_steps
-from training.errors import UserError
+from training.errors import UserError, nearest
 from training.metrics import Recorder, named, replace
 from training.provenance import provenance
 from training.sharding import batch_sharding, check_batch, make_mesh, state_shardings
@@ -57,7 +57,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         data = _Data(program)
         step, state, seconds = _start(compiled, checkpoints, data)
         finished = workdir / FINISHED_FILE
-        if step == program.total_steps and finished.exists():
+        if finished.exists() and step == json.loads(finished.read_text())["step"]:
             return Result(program.models(state), **_read_finished(finished))
         begin = time.monotonic() - seconds
         recorder = stack.enter_context(
@@ -68,7 +68,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
             recorder.evaluation(0, compiled.evaluate(state))
 
         plan = _Plan(program)
-        while step < program.total_steps:
+        stops = step > 0 and _stops(config, recorder.last)
+        while step < program.total_steps and not stops:
             length = plan.next_stop(step) - step
             trace.update(step, step + length)
             state, metrics = compiled.steps(state, step, length, data.take(length))
@@ -76,7 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
             step += length
             if plan.evaluates(step):
                 recorder.evaluation(step, compiled.evaluate(state))
-            if plan.saves(step):
+                stops = _stops(config, recorder.last)
+            if plan.saves(step) or stops:
                 recorder.settle()  # every metric up to here is checked and written before the checkpoint is
                 checkpoints.save(step, state, data.state(), time.monotonic() - begin)
                 recorder.last_checkpoint = step
@@ -282,6 +284,21 @@ def _start(compiled: Compiled, checkpoints: Checkpoints, data: _Data) -> tuple[i
         return 0, compiled.init(), 0.0
     data.restore(restored.iterator)
     return restored.step, restored.state, restored.seconds
+
+
+def _stops(config: ConfigDict, last: dict[str, Any]) -> bool:
+    """Whether the best replica of every seed has reached what `config.stop` asks for.
+
+    Raises:
+      UserError: no evaluator gives such a metric.
+    """
+    name = config.stop.metric
+    if not name:
+        return False
+    if name not in last:
+        raise UserError(f"config.stop.metric is {name!r}, which no evaluator gives: {nearest(name, last)}")
+    by_seed = np.reshape(last[name], (-1, len(config.seeds)))  # seeds vary fastest
+    return bool((np.fmax.reduce(by_seed, 0) >= config.stop.at_least).all())
 
 
 def _write_finished(path: Path, step: int, result: Result) -> None:
