@@ -25,19 +25,33 @@ class ImageSet(NamedTuple):
     classes: int
 
 
-_FASHION_MNIST = {
-    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-}
-_FASHION_MNIST_SOURCE = "github.com/zalandoresearch/fashion-mnist, data/fashion/"
+class Checksums(NamedTuple):
+    """The publisher's files of an image set."""
 
-_EUROSAT = {
-    "EuroSAT.zip": "8ebea626349354c5328b142b96d0430e647051f26efc2dc974c843f25ecf70bd",
-    "EuroSAT_subset_600_per_class.zip": "122a88f1b2eaa71d1dd62f6cf13f96cf2fb70bd329092d1c43927aa69da9c700",
+    files: dict[str, str]  # name -> SHA-256
+    origin: str
+    any_one: bool = False  # whether one of the files is enough
+
+
+CHECKSUMS = {
+    "fashion_mnist": Checksums(
+        {
+            "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        },
+        "github.com/zalandoresearch/fashion-mnist, data/fashion/",
+    ),
+    "eurosat": Checksums(
+        {
+            "EuroSAT.zip": "8ebea626349354c5328b142b96d0430e647051f26efc2dc974c843f25ecf70bd",
+            "EuroSAT_subset_600_per_class.zip": "122a88f1b2eaa71d1dd62f6cf13f96cf2fb70bd329092d1c43927aa69da9c700",
+        },
+        "zenodo.org/records/7711810 (the RGB version)",
+        any_one=True,
+    ),
 }
-_EUROSAT_SOURCE = "zenodo.org/records/7711810 (the RGB version)"
 
 
 def fashion_mnist(folder: str | Path) -> ImageSet:
@@ -49,10 +63,8 @@ def fashion_mnist(folder: str | Path) -> ImageSet:
     Raises:
       UserError: a file is missing or is another one.
     """
-    arrays = [
-        _read_idx(_checked(Path(folder) / name, checksum, _FASHION_MNIST_SOURCE))
-        for name, checksum in _FASHION_MNIST.items()
-    ]
+    files, origin, _ = CHECKSUMS["fashion_mnist"]
+    arrays = [_read_idx(checked(Path(folder) / name, checksum, origin)) for name, checksum in files.items()]
     train, labels, test, test_labels = arrays
     return ImageSet(train[..., None], labels, test[..., None], test_labels, classes=10)
 
@@ -68,10 +80,10 @@ def eurosat(folder: str | Path) -> ImageSet:
     Raises:
       UserError: neither file is there, or it is another one.
     """
-    found = [name for name in _EUROSAT if (Path(folder) / name).exists()]
-    name = found[0] if found else next(iter(_EUROSAT))
-    archive = zipfile.ZipFile(io.BytesIO(_checked(Path(folder) / name, _EUROSAT[name], _EUROSAT_SOURCE)))
-    return read_class_folders(archive)
+    files, origin, _ = CHECKSUMS["eurosat"]
+    found = [name for name in files if (Path(folder) / name).exists()]
+    name = found[0] if found else next(iter(files))
+    return read_class_folders(zipfile.ZipFile(io.BytesIO(checked(Path(folder) / name, files[name], origin))))
 
 
 def read_class_folders(archive: zipfile.ZipFile) -> ImageSet:
@@ -93,7 +105,22 @@ def read_class_folders(archive: zipfile.ZipFile) -> ImageSet:
     return ImageSet(np.stack(train), as_labels(labels), np.stack(test), as_labels(test_labels), len(members))
 
 
-SOURCES: dict[str, Callable[[str | Path], ImageSet]] = {"fashion_mnist": fashion_mnist, "eurosat": eurosat}
+def tfds_fashion_mnist(folder: str | Path) -> ImageSet:
+    """The same Fashion-MNIST as TFDS has prepared it in its folder; see `scripts/prepare_data.py`.
+
+    Raises:
+      UserError: it is not prepared there.
+    """
+    from data.prepared_images import in_memory  # which imports TFDS
+
+    return in_memory("fashion_mnist", folder)
+
+
+SOURCES: dict[str, Callable[[str | Path], ImageSet]] = {
+    "fashion_mnist": fashion_mnist,
+    "eurosat": eurosat,
+    "tfds_fashion_mnist": tfds_fashion_mnist,
+}
 
 
 @functools.cache
@@ -108,15 +135,19 @@ def load(name: str, folder: str) -> ImageSet:
     return SOURCES[name](folder)
 
 
-def _checked(path: Path, checksum: str, source: str) -> bytes:
-    """The content of a file with this SHA-256."""
+def checked(path: Path, checksum: str, origin: str) -> bytes:
+    """The content of a file with this SHA-256.
+
+    Raises:
+      UserError: there is no such file, or it is another one; `origin` says where to get it.
+    """
     if not path.is_file():
-        raise UserError(f"there is no file {path}; get {path.name} from {source}")
+        raise UserError(f"there is no file {path}; get {path.name} from {origin}")
     content = path.read_bytes()
     if (got := hashlib.sha256(content).hexdigest()) != checksum:
         raise UserError(
             f"{path} has the SHA-256 {got[:12]}..., not {checksum[:12]}...: it is damaged or another file; "
-            f"get {path.name} from {source}"
+            f"get {path.name} from {origin}"
         )
     return content
 

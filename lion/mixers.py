@@ -5,12 +5,16 @@ diagonal counted once. What surrounds the recurrence in its own model (convoluti
 normalisation over each head, which the models without row sums have in one form or another, is kept.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lion.layer import FEATURE_MAPS, LinearMixer, gate_logits
+from training.config import resolve
 
 
 def head_norm(y: jax.Array) -> jax.Array:
@@ -138,3 +142,46 @@ class Rwkv6(Mapped):
         q, k, v = self.project(x)
         logits = gate_logits(self.gate, x, self.heads)
         return q, k, v, -jnp.exp(logits.reshape(*x.shape[:2], self.heads, self.dim))
+
+
+class DeltaNet(LinearMixer):
+    """DeltaNet (Schlag et al. 2021; Yang et al. 2024) in both directions, as the paper's remark has it (section 3).
+
+    Its state decays by a matrix, `S_i = (I - b_i k_i k_i^T) S_{i-1} + b_i k_i v_i^T`, so that the full form would need
+    an inverse. Both directions run the causal op, and what a token writes for itself, `b_i (q_i . k_i) v_i`, counts
+    once. As in the remark, what reaches a token passes the matrix of that token, not that of the token that wrote it.
+    Queries and keys are SiLU of unit length, the steps `sigmoid(w x)`, and the heads' outputs normalised, as in
+    DeltaNet; its short convolutions are left out.
+
+    Args:
+      op: import path of the causal op, or the op: `op(q, k, v, beta, scale=...)` gives outputs and a state.
+      width, heads, rngs, **shared: see `LinearMixer`; the choices of a form are not for this mixer.
+    """
+
+    def __init__(self, width: int, heads: int, *, op: str | Callable[..., Any], rngs: nnx.Rngs, **shared):
+        super().__init__(width, heads, rngs=rngs, **shared)
+        self.op = resolve(op) if isinstance(op, str) else op
+        self.step = self.linear(width, heads, rngs=rngs)
+
+    def terms(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """q, k and v, `[batch, time, heads, dim]`, and steps `[batch, time, heads]` between 0 and 1."""
+        q, k, v = self.project(x)
+        q, k = (_unit(jax.nn.silu(z)) for z in (q, k))
+        return q, k, v, jax.nn.sigmoid(gate_logits(self.step, x, self.heads))
+
+    def __call__(self, x: jax.Array, padding_mask: jax.Array | None = None) -> jax.Array:
+        """`[batch, time, width]` to the same; `padding_mask` `[batch, time]` is true where a token counts."""
+        q, k, v, step = self.terms(x)
+        if padding_mask is not None:
+            step = jnp.where(padding_mask[..., None], step, 0)  # such a token changes no state
+        forward, _ = self.op(q, k, v, step, scale=1.0)
+        backward, _ = self.op(*(jnp.flip(z, 1) for z in (q, k, v, step)), scale=1.0)
+        own = step * jnp.sum(q.astype(step.dtype) * k.astype(step.dtype), -1)
+        y = forward + jnp.flip(backward, 1) - (own[..., None] * v).astype(v.dtype)
+        return self.out(head_norm(y).reshape(x.shape))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Unit length over the last axis; zero stays zero."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)

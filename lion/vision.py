@@ -1,5 +1,6 @@
 """LION vision transformers in the paper's sizes (section 4.1), and the softmax transformer beside them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -38,7 +39,7 @@ WITHOUT_POSITIONS = ("softmax", "lion_lit")
 
 def vision_transformer(
     size: str = "S",
-    mixer: str = "lion_s",
+    mixer: str | Mapping[str, Any] = "lion_s",
     *,
     mixer_options: dict[str, Any] | None = None,
     position_embedding: bool | None = None,
@@ -49,7 +50,7 @@ def vision_transformer(
 
     Args:
       size: a key of `SIZES`; `width`, `heads` and `depth` in `options` change single entries of it.
-      mixer: a key of `MIXERS`.
+      mixer: a key of `MIXERS`, or the import path and arguments of another mixer.
       mixer_options: further arguments of the mixer.
       position_embedding: None gives them to the mixers that have no other sense of position.
       **options: see `VisionTransformer`.
@@ -57,10 +58,11 @@ def vision_transformer(
     Raises:
       UserError: an unknown size, mixer or option.
     """
-    for name, value, choices in (("size", size, SIZES), ("mixer", mixer, MIXERS)):
+    named = isinstance(mixer, str)
+    for name, value, choices in (("size", size, SIZES), ("mixer", mixer, MIXERS if named else [mixer])):
         if value not in choices:
             raise UserError(f"{name}={value!r} does not exist: {nearest(value, choices)}")
     if position_embedding is None:
-        position_embedding = mixer in WITHOUT_POSITIONS
-    spec = {**MIXERS[mixer], **(mixer_options or {})}
+        position_embedding = named and mixer in WITHOUT_POSITIONS
+    spec = {**(MIXERS[mixer] if named else mixer), **(mixer_options or {})}
     return VisionTransformer(spec, position_embedding=position_embedding, rngs=rngs, **{**SIZES[size], **options})

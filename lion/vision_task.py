@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,68 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data import augment
+from data.augment import Moments, Recipe
 from data.images import ImageSet, load
 from training.config import build
 from training.errors import UserError
 
 
-class Shuffled(Iterator):
-    """Batches of an image set without end, a fresh order every epoch; a pure function of the seed and the step."""
-
-    def __init__(self, data: ImageSet, batch_size: int, repeats: int, seed: int, index: int, count: int):
-        self._data, self._seed, self._step = data, seed, 0
-        self._distinct, self._repeats = batch_size // repeats, repeats
-        self._mine = slice(index * batch_size // count, (index + 1) * batch_size // count)
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        per_epoch = len(self._data.images) // self._distinct
-        epoch, place = divmod(self._step, per_epoch)
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._data.images))
-        rows = np.repeat(order[place * self._distinct : (place + 1) * self._distinct], self._repeats)[self._mine]
-        self._step += 1
-        return {"image": self._data.images[rows], "label": self._data.labels[rows].astype(np.int32)}
-
-    def get_state(self) -> int:
-        return self._step
-
-    def set_state(self, state: int) -> None:
-        self._step = state
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageClassification:
-    """Images and labels; softmax cross-entropy with label smoothing.
+    """Images and labels that stay on the device; softmax cross-entropy with label smoothing.
 
     Args:
       model: the model's import path and arguments; it is also given `image_size`, `channels` and `classes`.
       batch_size: images per step.
       dataset: a key of `data.images.SOURCES`.
       folder: where its files are.
-      crop: pixels by which a crop may be off its place.
-      flip: whether half of the images are mirrored.
-      jitter: of brightness, contrast and saturation.
-      erase: the share of images in which a rectangle is erased.
-      mixup: parameter of mixup's Beta distribution; 0 for none.
-      cutmix: parameter of cutmix's; 0 for none.
-      smoothing: of the labels.
+      augment: arguments of `data.augment.Recipe`.
       repeats: copies of an image in a batch, each augmented on its own (repeated augmentation).
       eval_batch: images that are evaluated at once.
+      resident: what `residents` gave, on the device; given by the loop.
     """
 
     model: Mapping[str, Any]
     batch_size: int
     dataset: str
     folder: str
-    crop: int = 4
-    flip: bool = True
-    jitter: float = 0.3
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
+    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     repeats: int = 1
     eval_batch: int = 500
+    resident: Mapping[str, Any] | None = None
 
     resample_every = 1
     batch_axis = 0
@@ -92,63 +59,75 @@ class ImageClassification:
             self.model, image_size=height, channels=channels, classes=self.data.classes, rngs=nnx.Rngs(params=key)
         )
 
-    def batches(self, seed: int, process_index: int, process_count: int) -> Shuffled:
+    def residents(self) -> dict[str, Any]:
+        """The training images and labels as they are, and the test images in batches."""
         if self.batch_size % self.repeats or not 0 < self.batch_size // self.repeats <= len(self.data.images):
             raise UserError(
                 f"a batch of {self.batch_size} with {self.repeats} copies of each image does not fit the "
                 f"{len(self.data.images)} images of {self.dataset}; change batch_size or task.repeats"
             )
-        return Shuffled(self.data, self.batch_size, self.repeats, seed, process_index, process_count)
+        labels = self.data.labels.astype(np.int32)
+        test = in_batches(self.data.test_images, self.data.test_labels.astype(np.int32), self.eval_batch)
+        return {"images": self.data.images, "labels": labels, "test": test}
+
+    def batch(self, key: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+        """uint8 images and their labels: each image once in an epoch, in a fresh order, its copies side by side."""
+        count, distinct = len(self.resident["images"]), self.batch_size // self.repeats
+        epoch, place = jnp.divmod(index, count // distinct)
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+        rows = jnp.repeat(jax.lax.dynamic_slice(order, (place * distinct,), (distinct,)), self.repeats)
+        return {"image": self.resident["images"][rows], "label": self.resident["labels"][rows]}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict]:
-        model.train()
-        crop, flip, jitter, erase, mix, drop = jax.random.split(key, 6)
-        images = self.scaled(batch["image"], _dtype(model))
-        images = augment.crop(crop, images, self.crop)
-        images = augment.flip(flip, images) if self.flip else images
-        images = augment.erase(erase, augment.jitter(jitter, images, self.jitter), self.erase)
-        classes = self.data.classes
-        targets = jax.nn.one_hot(batch["label"], classes) * (1 - self.smoothing) + self.smoothing / classes
-        images, targets = augment.mix(mix, images, targets, self.mixup, self.cutmix)
-        logits = model(images, nnx.Rngs(drop)).astype(jnp.float32)
-        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), {}
+        return classification_loss(model, batch, key, Recipe(**self.augment), self.data.classes, self.moments)
 
     def evaluators(self) -> dict[str, Callable[..., dict[str, jax.Array]]]:
         """Accuracy and loss on the test images, as they are."""
+        return {"test": lambda model, key: tested(model, self.resident["test"], self.moments)}
 
-        def test(model: nnx.Module, key: jax.Array) -> dict[str, jax.Array]:
-            model.eval()
-            graph, state = nnx.split(model)
+    @property
+    def moments(self) -> Moments:
+        return _moments(self.dataset, self.folder)
 
-            def sums(batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                images, labels, counts = batch
-                logits = nnx.merge(graph, state)(self.scaled(images, _dtype(model))).astype(jnp.float32)
-                losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
-                return jnp.sum(counts * (logits.argmax(-1) == labels)), jnp.sum(counts * losses)
 
-            right, losses = jax.lax.map(sums, self._test_batches())
-            total = len(self.data.test_images)
-            return {"accuracy": right.sum() / total, "loss": losses.sum() / total}
+def classification_loss(
+    model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array, recipe: Recipe, classes: int, moments: Moments
+) -> tuple[jax.Array, dict]:
+    """Cross-entropy of a model in training with the targets of an augmented batch, and no further metrics."""
+    model.train()
+    augmentation, drop = jax.random.split(key)
+    images, targets = recipe.apply(augmentation, batch["image"], batch["label"], classes, moments, _dtype(model))
+    logits = model(images, nnx.Rngs(drop)).astype(jnp.float32)
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), {}
 
-        return {"test": test}
 
-    def scaled(self, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """uint8 images with zero mean and unit variance over the training set, in each channel."""
-        mean, deviation = _moments(self.dataset, self.folder)
-        return ((images.astype(jnp.float32) - mean) / deviation).astype(dtype)
+def in_batches(images: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, labels and weights with a leading axis over batches; weight 0 for what fills up the last one."""
+    size = min(size, len(images))
 
-    def _test_batches(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Images, labels and weights of the test set in batches; weight 0 for what fills up the last one."""
-        count = len(self.data.test_images)
-        size = min(self.eval_batch, count)
-        fill = -count % size
+    def cut(x: np.ndarray) -> np.ndarray:
+        x = np.concatenate([x, np.zeros((-len(x) % size, *x.shape[1:]), x.dtype)])
+        return x.reshape(-1, size, *x.shape[1:])
 
-        def cut(x: np.ndarray) -> jax.Array:
-            x = np.concatenate([x, np.zeros((fill, *x.shape[1:]), x.dtype)])
-            return jnp.asarray(x.reshape(-1, size, *x.shape[1:]))
+    return cut(images), cut(labels), cut(np.ones(len(images), np.float32))
 
-        labels = self.data.test_labels.astype(np.int32)
-        return cut(self.data.test_images), cut(labels), cut(np.ones(count, np.float32))
+
+def tested(
+    model: nnx.Module, batches: tuple[jax.Array, jax.Array, jax.Array], moments: Moments
+) -> dict[str, jax.Array]:
+    """Accuracy and mean loss of a model on uint8 images in batches, as `in_batches` makes them."""
+    model.eval()
+    graph, state = nnx.split(model)
+
+    def sums(batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        images, labels, weights = batch
+        logits = nnx.merge(graph, state)(moments.scaled(images).astype(_dtype(model))).astype(jnp.float32)
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+        return jnp.sum(weights * (logits.argmax(-1) == labels)), jnp.sum(weights * losses)
+
+    right, losses = jax.lax.map(sums, batches)
+    total = batches[2].sum()
+    return {"accuracy": right.sum() / total, "loss": losses.sum() / total}
 
 
 def _dtype(model: nnx.Module) -> jnp.dtype:
@@ -157,10 +136,11 @@ def _dtype(model: nnx.Module) -> jnp.dtype:
 
 
 @functools.cache
-def _moments(dataset: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel over the training images, from counts of the 256 values."""
+def _moments(dataset: str, folder: str) -> Moments:
+    """Of the training images, from counts of the 256 values."""
     images = load(dataset, folder).images
     values = np.arange(256)
     counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
     mean = counts @ values / counts.sum(-1)
-    return mean.astype(np.float32), np.sqrt(counts @ values**2 / counts.sum(-1) - mean**2).astype(np.float32)
+    deviation = np.sqrt(counts @ values**2 / counts.sum(-1) - mean**2)
+    return Moments(mean.astype(np.float32), deviation.astype(np.float32))

@@ -112,6 +112,13 @@ class VisionTransformer(nnx.Module):
         Raises:
           UserError: what is given are no images of the model's size.
         """
+        x = self.tokens(images)
+        for block in self.blocks:
+            x = nnx.remat(Block.__call__)(block, x, rngs) if self.remat else block(x, rngs)
+        return self.logits(x)
+
+    def tokens(self, images: jax.Array) -> jax.Array:
+        """What the first block sees, `[batch, 1 + patches, width]`, of images as `__call__` takes them."""
         size = (self.image_size, self.image_size, self.channels)
         if images.ndim != 4 or images.shape[1:] != size or not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
@@ -120,10 +127,10 @@ class VisionTransformer(nnx.Module):
             )
         x = self.embed(self._patches(images))
         x = jnp.concatenate([jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1])), x], 1)
-        if self.positions is not None:
-            x = x + self.positions[...]
-        for block in self.blocks:
-            x = nnx.remat(Block.__call__)(block, x, rngs) if self.remat else block(x, rngs)
+        return x if self.positions is None else x + self.positions[...]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """`[batch, classes]` of what the last block gives."""
         x = self.norm(x)
         return self.head(x.mean(1) if self.pool == "mean" else x[:, 0])
 

@@ -43,11 +43,14 @@ def base_config() -> ConfigDict:
                 "decay_exclude": "",  # regular expression: parameters whose weights do not decay
                 "accumulate": 1,  # micro-batches that a step's batch is split into
             },
+            "ema_decay": 0.0,  # of a moving average of the parameters, evaluated beside them; 0: none
             "steps_per_dispatch": 100,
             "log_every": "1 step",  # a metrics line per interval, the mean over it
             "eval_every": "10%",
             "checkpoint_every": "10%",
             "keep_checkpoints": 2,
+            # Ends the run at the evaluation where, of every seed, a replica's metric is at least this; "" is never.
+            "stop": {"metric": "", "at_least": 0.0},
             "on_nonfinite": "stop",  # or "record": go on, as long as one replica is finite
             "mesh": {"data": 1, "fsdp": 1},  # devices along each axis; -1: all that are left
             "wandb": {"mode": "disabled", "project": "linear-transformers", "name": ""},
@@ -180,9 +183,14 @@ def _tuples(value: Any) -> Any:
 
 
 def differences(stored: str, config: ConfigDict) -> list[str]:
-    """What differs between a stored config (JSON text) and `config`, a line per key, free keys left out."""
-    old = flatten(json.loads(stored))
-    new = flatten(json.loads(to_json(config)))
+    """What differs between a stored config (JSON text) and `config`, a line per key, free keys left out.
+
+    A key of the loop that did not exist when the config was stored had what is now its default.
+    """
+    old, new = flatten(json.loads(stored)), flatten(json.loads(to_json(config)))
+    for key, value in flatten(json.loads(to_json(base_config()))).items():
+        if key in new:
+            old.setdefault(key, value)
     keys = sorted(key for key in old.keys() | new.keys() if key.partition(".")[0] not in _FREE_KEYS)
     return [
         f"{key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now"

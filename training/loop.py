@@ -13,14 +13,15 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, Restored
 from training.config import differences, from_json, to_json
 from training.durations import to_steps
-from training.errors import UserError
+from training.errors import UserError, nearest
 from training.metrics import Recorder, named, replace
 from training.provenance import provenance
 from training.sharding import batch_sharding, check_batch, make_mesh, state_shardings
 from training.step import PRECISIONS, Program, State
+from training.task import Task
 
 CONFIG_FILE = "config.json"
 FINISHED_FILE = "finished.json"
@@ -56,7 +57,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         data = _Data(program)
         step, state, seconds = _start(compiled, checkpoints, data)
         finished = workdir / FINISHED_FILE
-        if step == program.total_steps and finished.exists():
+        if finished.exists() and step == json.loads(finished.read_text())["step"]:
             return Result(program.models(state), **_read_finished(finished))
         begin = time.monotonic() - seconds
         recorder = stack.enter_context(
@@ -67,7 +68,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
             recorder.evaluation(0, compiled.evaluate(state))
 
         plan = _Plan(program)
-        while step < program.total_steps:
+        stops = step > 0 and _stops(config, recorder.last)
+        while step < program.total_steps and not stops:
             length = plan.next_stop(step) - step
             trace.update(step, step + length)
             state, metrics = compiled.steps(state, step, length, data.take(length))
@@ -75,7 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
             step += length
             if plan.evaluates(step):
                 recorder.evaluation(step, compiled.evaluate(state))
-            if plan.saves(step):
+                stops = _stops(config, recorder.last)
+            if plan.saves(step) or stops:
                 recorder.settle()  # every metric up to here is checked and written before the checkpoint is
                 checkpoints.save(step, state, data.state(), time.monotonic() - begin)
                 recorder.last_checkpoint = step
@@ -94,8 +97,22 @@ def evaluate(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
     Raises:
       UserError: there is no run, or no such checkpoint.
     """
+    compiled, restored = _restore(Path(workdir), step)
+    return {"step": restored.step, **named(compiled.evaluate(restored.state))}
+
+
+def load(workdir: str | Path, step: int | None = None) -> tuple[Task, list[nnx.Module]]:
+    """The task of a run, and the models of a checkpoint, the newest or that of `step`: one for each replica.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint.
+    """
+    compiled, restored = _restore(Path(workdir), step)
+    return compiled.program.task(), compiled.program.models(restored.state)
+
+
+def _restore(workdir: Path, step: int | None) -> tuple["Compiled", Restored]:
     use_compilation_cache()
-    workdir = Path(workdir)
     if not (workdir / CONFIG_FILE).exists():
         raise UserError(f"{workdir} holds no run: there is no {CONFIG_FILE}")
     config = from_json((workdir / CONFIG_FILE).read_text())
@@ -104,7 +121,7 @@ def evaluate(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
         restored = checkpoints.restore(compiled.abstract_state, step)
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet")
-    return {"step": restored.step, **named(compiled.evaluate(restored.state))}
+    return compiled, restored
 
 
 def use_compilation_cache() -> None:
@@ -124,6 +141,8 @@ def make_program(config: ConfigDict) -> Program:
         raise UserError(f"precision={config.precision!r}: choose from {', '.join(PRECISIONS)}")
     if config.on_nonfinite not in ("stop", "record"):
         raise UserError(f"on_nonfinite={config.on_nonfinite!r}: choose from stop, record")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay={config.ema_decay}: choose a number from 0 (no average) to below 1")
     if config.steps_per_dispatch < 1 or config.optimizer.accumulate < 1:
         raise UserError("steps_per_dispatch and optimizer.accumulate are at least 1")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -156,8 +175,11 @@ class Compiled:
     """The program's functions, compiled for its mesh, with the replicas bound."""
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         whole = NamedSharding(program.mesh, PartitionSpec())
         self._replicas = program.replicas
+        task = program.task()
+        self._resident = jax.device_put(task.residents(), whole) if hasattr(task, "residents") else None
         shapes = jax.eval_shape(program.init, self._replicas)
         shardings = state_shardings(shapes, program.mesh, replicas=program.count > 1)
         self.abstract_state: State = jax.tree.map(
@@ -173,10 +195,11 @@ class Compiled:
         return self._init(self._replicas)
 
     def steps(self, state: State, step: int, length: int, batches: Any) -> tuple[State, Any]:
-        return self._steps(state, self._replicas, np.int32(step), length=length, batches=batches)
+        data = {"batches": batches, "resident": self._resident}
+        return self._steps(state, self._replicas, np.int32(step), length=length, **data)
 
     def evaluate(self, state: State) -> Any:
-        return self._evaluate(state, self._replicas)
+        return self._evaluate(state, self._replicas, self._resident)
 
 
 class _Data:
@@ -261,6 +284,21 @@ def _start(compiled: Compiled, checkpoints: Checkpoints, data: _Data) -> tuple[i
         return 0, compiled.init(), 0.0
     data.restore(restored.iterator)
     return restored.step, restored.state, restored.seconds
+
+
+def _stops(config: ConfigDict, last: dict[str, Any]) -> bool:
+    """Whether the best replica of every seed has reached what `config.stop` asks for.
+
+    Raises:
+      UserError: no evaluator gives such a metric.
+    """
+    name = config.stop.metric
+    if not name:
+        return False
+    if name not in last:
+        raise UserError(f"config.stop.metric is {name!r}, which no evaluator gives: {nearest(name, last)}")
+    by_seed = np.reshape(last[name], (-1, len(config.seeds)))  # seeds vary fastest
+    return bool((np.fmax.reduce(by_seed, 0) >= config.stop.at_least).all())
 
 
 def _write_finished(path: Path, step: int, result: Result) -> None:

@@ -55,7 +55,7 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    result: loop.Result
+    result: loop.Result | None  # None where only its metrics were asked for
 
     def series(self, name: str) -> dict[str, Any]:
         """Steps and values of one metric, as arrays; see `training.metrics.read`."""
@@ -80,6 +80,16 @@ class Context:
         workdir = self._workdir / self.scale / name
         self.runs[name] = Run(resolved, workdir, loop.train(resolved, workdir))
         return self.runs[name]
+
+    def metrics(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The last metrics of such a training; of a finished one the model is not loaded."""
+        resolved = override(load(config), overrides or {})
+        workdir = self._workdir / self.scale / name
+        loop.claim_workdir(workdir, resolved)
+        if not (workdir / loop.FINISHED_FILE).exists():
+            loop.train(resolved, workdir)
+        self.runs[name] = Run(resolved, workdir, None)
+        return json.loads((workdir / loop.FINISHED_FILE).read_text())["metrics"]
 
 
 def reproduce(name: str, entry: Entry, scale: str, workdir: Path, results: Path) -> dict[str, Any]:

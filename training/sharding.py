@@ -1,5 +1,6 @@
 """Where arrays live: data parallelism and fully sharded parameters over one `("data", "fsdp")` mesh."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,3 +79,33 @@ def constrain_batch(batch: Any, mesh: Mesh, batch_axis: int) -> Any:
     if mesh.size == 1:
         return batch
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, x.ndim, batch_axis)), batch)
+
+
+def devices_in_use() -> int:
+    """How many devices the training loop's mesh has, where it is in use (`jax.sharding.use_abstract_mesh`); else 1."""
+    return max(jax.sharding.get_abstract_mesh().size, 1)
+
+
+def over_examples(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of arrays whose first axes count examples on each device for the examples that it holds.
+
+    For kernels, which the compiler cannot divide by itself. Where there are several devices in use, but the number of
+    examples cannot be divided by theirs, each device computes all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if devices_in_use() == 1 or len(jax.tree.leaves(arguments)[0]) % mesh.size:
+        return function(*arguments)
+    examples = P(mesh.axis_names)
+    # Everything is divided, so there is nothing that the check of replicated values, which kernels fail, could find.
+    run = jax.shard_map(function, mesh=mesh, in_specs=examples, out_specs=examples, check_vma=False)
+    return run(*arguments)
+
+
+def gathered(parameter: jax.Array) -> jax.Array:
+    """A parameter whole on every device, where there are several in use; its gradient is divided again.
+
+    So products are divided by examples. The compiler left to itself may rather gather the examples, which are larger.
+    """
+    if devices_in_use() == 1:
+        return parameter
+    return jax.lax.with_sharding_constraint(parameter, NamedSharding(jax.sharding.get_abstract_mesh(), P()))

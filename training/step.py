@@ -30,6 +30,7 @@ class State(NamedTuple):
     params: nnx.State
     rest: nnx.State  # other variables of the model, such as running statistics
     opt_state: optax.OptState
+    average: nnx.State | None = None  # moving average of the parameters, where the config asks for one
 
 
 class Replica(NamedTuple):
@@ -74,10 +75,16 @@ class Program:
     def _over_replicas(self, function: Any, in_axes: Any) -> Any:
         return jax.vmap(function, in_axes) if self.count > 1 else function
 
-    def task(self, values: Mapping[str, Any] | None = None) -> Task:
-        """The task; with a replica's own values where the config replicates some of its arguments."""
+    def task(self, values: Mapping[str, Any] | None = None, resident: Any = None) -> Task:
+        """The task; with a replica's own values where the config replicates some of its arguments.
+
+        Args:
+          values: of the replicated entries.
+          resident: the task's own data as arguments of the compiled program, where it has any.
+        """
         spec = _with_values(self.config, values or {})
-        return build(spec["task"], model=spec["model"], batch_size=self.config.batch_size)
+        more = {} if resident is None else {"resident": resident}
+        return build(spec["task"], model=spec["model"], batch_size=self.config.batch_size, **more)
 
     def to_steps(self, duration: Any) -> int:
         task = self.task()
@@ -106,19 +113,23 @@ class Program:
         def one(replica: Replica) -> State:
             model = self.task(replica.values).init(replica.key(_INIT))
             _, params, rest = nnx.split(model, nnx.Param, ...)
-            return State(params, rest, self._optimizer(replica.values).init(params))
+            average = jax.tree.map(jnp.copy, params) if self.config.ema_decay else None
+            return State(params, rest, self._optimizer(replica.values).init(params), average)
 
         return self._over_replicas(one, (0,))(replicas)
 
-    def steps(self, state: State, replicas: Replica, step: jax.Array, length: int, batches: Batch = None) -> Any:
+    def steps(
+        self, state: State, replicas: Replica, step: jax.Array, length: int, batches: Batch = None, resident: Any = None
+    ) -> Any:
         """`length` optimiser steps from `step` on; metrics have a leading axis over steps (after that of replicas).
 
         Args:
           batches: host batches stacked on a leading axis over steps; None where the task makes them on the device.
+          resident: see `task`.
         """
 
         def one(state: State, replica: Replica, step: jax.Array, batches: Batch) -> tuple[State, Metrics]:
-            task = self.task(replica.values)
+            task = self.task(replica.values, resident)
             batch_at = self._batch_maker(task, replica, step) if batches is None else lambda _, batch: batch
 
             def body(state: State, slot: tuple[jax.Array, Batch]) -> tuple[State, Metrics]:
@@ -154,12 +165,18 @@ class Program:
             value_fn=lambda params: objective(params, state.rest, key, batch)[0],
         )
         params = optax.apply_updates(state.params, updates)
-        return State(params, rest, opt_state), {"loss": loss, **metrics}
+        return State(params, rest, opt_state, self._averaged(state.average, params)), {"loss": loss, **metrics}
+
+    def _averaged(self, average: nnx.State | None, params: nnx.State) -> nnx.State | None:
+        if average is None:
+            return None
+        return jax.tree.map(lambda a, p: a + (1 - self.config.ema_decay) * (p - a), average, params)
 
     def _loss(self, task: Task, params: nnx.State, rest: nnx.State, key: jax.Array, batch: Batch) -> Any:
         dtype = PRECISIONS[self.config.precision]
         model = nnx.merge(self.graphdef, _cast(params, dtype), rest, copy=True)
-        loss, metrics = task.loss(model, _cast(batch, dtype), key)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            loss, metrics = task.loss(model, _cast(batch, dtype), key)
         metrics = jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
         return loss.astype(jnp.float32), (metrics, nnx.state(model, nnx.Not(nnx.Param)))
 
@@ -181,14 +198,21 @@ class Program:
         mean = jax.tree.map(lambda m: m.mean(0), (losses, metrics))
         return (mean[0], (mean[1], rest)), jax.tree.map(lambda g: g / pieces, total)
 
-    def evaluate(self, state: State, replicas: Replica) -> dict[str, Metrics]:
-        """The results of all the task's evaluators: evaluator -> metric -> value."""
+    def evaluate(self, state: State, replicas: Replica, resident: Any = None) -> dict[str, Metrics]:
+        """The results of all the task's evaluators: evaluator -> metric -> value. `resident`: see `task`.
+
+        Those of the moving average of the parameters, if there is one, are under the evaluator's name with `_ema`.
+        """
 
         def one(state: State, replica: Replica) -> dict[str, Metrics]:
-            model = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
-            key = replica.key(_DATA)
-            evaluators = self.task(replica.values).evaluators()
-            return {name: evaluator(model, key) for name, evaluator in evaluators.items()}
+            evaluators = self.task(replica.values, resident).evaluators()
+            results = {}
+            for suffix, params in (("", state.params), ("_ema", state.average)):
+                if params is not None:
+                    model = nnx.merge(self.graphdef, params, state.rest, copy=True)
+                    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                        results |= {name + suffix: run(model, replica.key(_DATA)) for name, run in evaluators.items()}
+            return results
 
         return self._over_replicas(one, (0, 0))(state, replicas)
 

@@ -15,7 +15,9 @@ class Task(Protocol):
     """An experiment. A config names the class; the loop calls `Task(model=..., batch_size=..., **config.task)`.
 
     A task is rebuilt inside the traced step when the config replicates one of its arguments, so its constructor only
-    stores what it is given.
+    stores what it is given. A task whose data stay on the device defines `residents()`, a pytree of host arrays; the
+    loop puts them there once, and builds the task in its compiled programs with `resident=` those arrays. (A compiled
+    program would otherwise carry them as constants.)
     """
 
     examples_per_epoch: int | None  # None: data without end

@@ -53,12 +53,18 @@ def _dyadic(q: jax.Array, k: jax.Array, v: jax.Array, sums: Cumulative, directio
         from_border = jnp.concatenate([border.minus(before.at(left)), through.at(right).minus(border)], -3)
         queries = (halves(q) * jnp.exp(to_border) * kept).astype(q.dtype)
         keys = (halves(k) * jnp.exp(from_border)).astype(k.dtype)
-        scores = dot("...id,...jd->...ij", queries, jnp.flip(keys, -3))
-        part = dot("...ij,...jv->...iv", scores, jnp.flip(halves(v), -3))
+        scores = _product("nid,njd->nij", queries, jnp.flip(keys, -3))
+        part = _product("nij,njv->niv", scores, jnp.flip(halves(v), -3))
         numerator += part.reshape(numerator.shape)
         row_sum += rounded(scores, v.dtype).sum(-1).reshape(row_sum.shape)
         half //= 2
     return numerator[..., :time, :], row_sum[..., :time]
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Products of matrices with their leading axes merged: XLA for CPUs aborts on products with eight axes."""
+    result = dot(subscripts, *(z.reshape(-1, *z.shape[-2:]) for z in (x, y)))
+    return result.reshape(*x.shape[:-2], *result.shape[-2:])
 
 
 def _extend(x: jax.Array, size: int) -> jax.Array:

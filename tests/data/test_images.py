@@ -23,8 +23,9 @@ def fashion(tmp_path, monkeypatch):
     """A folder with four small files whose checksums are the expected ones, and the arrays in them."""
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, shape, np.uint8) for shape in ((6, 28, 28), (6,), (2, 28, 28), (2,))]
-    checksums = {name: write_idx(tmp_path / name, a) for name, a in zip(images._FASHION_MNIST, arrays, strict=True)}
-    monkeypatch.setattr(images, "_FASHION_MNIST", checksums)
+    known = images.CHECKSUMS["fashion_mnist"]
+    checksums = {name: write_idx(tmp_path / name, a) for name, a in zip(known.files, arrays, strict=True)}
+    monkeypatch.setitem(images.CHECKSUMS, "fashion_mnist", known._replace(files=checksums))
     return tmp_path, arrays
 
 
@@ -69,7 +70,7 @@ def test_eurosat(tmp_path, monkeypatch):
                 archive.writestr(f"2750/{class_name}/{class_name}_{number}.jpg", stream.getvalue())
         archive.writestr("2750/README", "no image")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(images._EUROSAT, path.name, checksum)
+    monkeypatch.setitem(images.CHECKSUMS["eurosat"].files, path.name, checksum)
     got = images.eurosat(tmp_path)
     assert got.classes == 2
     assert got.images.shape == (20, 64, 64, 3)

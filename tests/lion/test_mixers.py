@@ -46,3 +46,39 @@ def test_recurrence(name):
     y = np.asarray(heads(*recurrences(q, k, v, decay))).reshape(x.shape)
     wanted = y @ np.asarray(mixer.out.kernel[...], np.float64)
     np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def stepped(q, k, v, step):
+    """A causal delta rule, token by token, in the interface of the op."""
+    state, outputs = np.zeros((BATCH, HEADS, WIDTH // HEADS, WIDTH // HEADS)), []
+    for i in range(TIME):
+        error = v[:, i] - np.einsum("bhd,bhdv->bhv", k[:, i], state)
+        state = state + step[:, i, :, None, None] * k[:, i, ..., None] * error[..., None, :]
+        outputs.append(np.einsum("bhd,bhdv->bhv", q[:, i], state))
+    return np.stack(outputs, 1)
+
+
+def deltanet(**options):
+    op = "deltanet.delta_rule.delta_rule"
+    return mixers.DeltaNet(WIDTH, HEADS, op=op, stddev=1.0, rngs=nnx.Rngs(0), **options)
+
+
+def test_deltanet_is_the_sum_of_both_directions_with_its_own_value_once():
+    mixer = deltanet()
+    x = jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
+    got, terms = jax.jit(lambda x: (mixer(x), mixer.terms(x)), compiler_options=FAST_COMPILE)(x)
+    q, k, v, step = (np.asarray(z, np.float64) for z in terms)
+    np.testing.assert_allclose(np.linalg.norm(k, axis=-1), 1, atol=1e-4)
+    backward = stepped(*(z[:, ::-1] for z in (q, k, v, step)))[:, ::-1]
+    y = stepped(q, k, v, step) + backward - (step * (q * k).sum(-1))[..., None] * v
+    heads = np.asarray(mixers.head_norm(jnp.asarray(y, jnp.float32))).reshape(x.shape)
+    wanted = heads @ np.asarray(mixer.out.kernel[...], np.float64)
+    np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_deltanet_ignores_padding():
+    mixer = deltanet()
+    x = jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
+    mask = jnp.broadcast_to(jnp.arange(TIME) < TIME - 2, (BATCH, TIME))
+    run = jax.jit(lambda x: (mixer(x, mask)[:, :-2], mixer(x[:, :-2])), compiler_options=FAST_COMPILE)
+    np.testing.assert_allclose(*run(x), atol=1e-5)

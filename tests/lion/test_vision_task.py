@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,32 +36,49 @@ def task(monkeypatch):
     )
     monkeypatch.setitem(images.SOURCES, "noise", lambda folder: data)
     return lambda **options: ImageClassification(
-        **{"model": MODEL, "batch_size": 8, "dataset": "noise", "folder": "", "eval_batch": 3, "crop": 2, **options}
+        **{
+            "model": MODEL,
+            "batch_size": 8,
+            "dataset": "noise",
+            "folder": "",
+            "eval_batch": 3,
+            "augment": {"crop": 2},
+            **options,
+        }
     )
 
 
-def test_batches_see_each_image_once_an_epoch_and_go_on_where_they_were(task):
-    batches = task(batch_size=5).batches(0, 0, 1)
-    epoch = np.concatenate([next(batches)["image"] for _ in range(4)])
-    assert len(np.unique(epoch.reshape(20, -1), axis=0)) == 20
-    state, wanted = batches.get_state(), next(batches)
-    again = task(batch_size=5).batches(0, 0, 1)
-    again.set_state(state)
-    jax.tree.map(np.testing.assert_array_equal, next(again), wanted)
+def resident(made):
+    """The task as the loop builds it, with its data on the device."""
+    return dataclasses.replace(made, resident=jax.tree.map(jnp.asarray, made.residents()))
 
 
-def test_processes_share_a_batch_and_copies_stay_together(task):
-    whole = next(task(repeats=2).batches(0, 0, 1))
-    parts = [next(task(repeats=2).batches(0, i, 2)) for i in range(2)]
-    np.testing.assert_array_equal(np.concatenate([p["image"] for p in parts]), whole["image"])
-    np.testing.assert_array_equal(whole["image"][::2], whole["image"][1::2])
+def test_an_epoch_has_each_image_once_in_an_order_of_its_own(task):
+    made = resident(task(batch_size=5))
+    batch = jax.jit(made.batch)
+    epochs = [
+        np.concatenate([batch(jax.random.key(0), step)["image"] for step in steps]) for steps in (range(4), range(4, 8))
+    ]
+    assert len(np.unique(epochs[0].reshape(20, -1), axis=0)) == 20
+    assert not np.array_equal(*epochs)
+    np.testing.assert_array_equal(*(np.sort(epoch.reshape(20, -1), 0) for epoch in epochs))
+    other = batch(jax.random.key(1), 0)
+    assert not np.array_equal(other["image"], epochs[0][:5])
+    rows = [np.flatnonzero((made.data.images == image).all((1, 2, 3)))[0] for image in other["image"]]
+    np.testing.assert_array_equal(other["label"], made.data.labels[rows])
+
+
+def test_copies_of_an_image_stand_side_by_side(task):
+    images = resident(task(repeats=2)).batch(jax.random.key(0), 1)["image"]
+    np.testing.assert_array_equal(images[::2], images[1::2])
+    assert len(np.unique(images.reshape(8, -1), axis=0)) == 4
     assert task().examples_per_epoch == 20
 
 
 def test_the_loss_and_the_evaluator(task):
-    made = task()
+    made = resident(task())
     graph, state = nnx.split(made.init(jax.random.key(0)))
-    batch = next(made.batches(0, 0, 1))
+    batch = made.batch(jax.random.key(0), 0)
 
     def run(state, batch):
         loss, _ = made.loss(nnx.merge(graph, state), batch, jax.random.key(1))
@@ -69,9 +88,9 @@ def test_the_loss_and_the_evaluator(task):
     assert abs(float(loss) - np.log(4)) < 0.2
     model = nnx.merge(graph, state)
     model.eval()
-    logits = jax.jit(lambda x: model(made.scaled(x, jnp.float32)), compiler_options=FAST_COMPILE)(made.data.test_images)
+    logits = jax.jit(lambda x: model(made.moments.scaled(x)), compiler_options=FAST_COMPILE)(made.data.test_images)
     np.testing.assert_allclose(test["accuracy"], np.mean(logits.argmax(-1) == made.data.test_labels))
-    scaled = made.scaled(made.data.images, jnp.float32)
+    scaled = made.moments.scaled(made.data.images)
     np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(scaled.std((0, 1, 2)), 1, atol=1e-5)
 
@@ -79,4 +98,4 @@ def test_the_loss_and_the_evaluator(task):
 @pytest.mark.parametrize("options", [{"batch_size": 21}, {"repeats": 3}])
 def test_a_batch_that_does_not_fit(task, options):
     with pytest.raises(UserError, match="does not fit the 20 images of noise; change batch_size"):
-        task(**options).batches(0, 0, 1)
+        task(**options).residents()

@@ -77,3 +77,15 @@ def test_a_bad_import_path(path, message):
 def test_build_names_the_nearest_argument():
     with pytest.raises(UserError, match="did you mean 'batch_size'"):
         configs.build({"name": "tests.training.toys.DeviceRegression", "batchsize": 3})
+
+
+def test_differences_of_a_stored_config():
+    config = configs.base_config()
+    stored = configs.to_json(config)
+    assert configs.differences(stored, config) == []
+    assert configs.differences(stored.replace('"batch_size": 256', '"batch_size": 8'), config) == [
+        "batch_size: 8 there, 256 now"
+    ]
+    before_the_key_existed = stored.replace('"ema_decay": 0.0,', "")
+    assert before_the_key_existed != stored
+    assert configs.differences(before_the_key_existed, config) == []

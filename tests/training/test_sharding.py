@@ -144,3 +144,34 @@ def test_two_processes(data, tmp_path):
         for name, value in alone.items():
             np.testing.assert_allclose(result[name], value, rtol=2e-5)
     assert len((tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()) >= 40
+
+
+OVER_EXAMPLES = """
+import json
+import jax, jax.numpy as jnp
+from training.sharding import make_mesh, over_examples
+
+mesh, seen = make_mesh(2, 4), []
+
+def function(x, nothing, y):
+    seen.append(x.shape)
+    return jnp.cumsum(x, 1) * y
+
+def loss(x, y):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return (over_examples(function, x, None, y) ** 2).sum()
+
+results = []
+for count in (16, 12):
+    x, y = jnp.arange(3.0 * count).reshape(count, 3), jnp.ones((count, 3))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found = jax.jit(jax.grad(loss, (0, 1)))(jax.device_put(x, whole), y)
+    wanted = jax.grad(lambda x, y: ((jnp.cumsum(x, 1) * y) ** 2).sum(), (0, 1))(x, y)
+    results.append(all(bool(jnp.allclose(a, b)) for a, b in zip(found, wanted, strict=True)))
+print(json.dumps({"seen": sorted(set(seen)), "right": results}))
+"""
+
+
+def test_kernels_run_on_each_device_for_its_examples():
+    (found,) = run_all((OVER_EXAMPLES,), devices=8)
+    assert found == {"seen": [[2, 3], [12, 3]], "right": [True, True]}  # 12 examples cannot be divided among 8

@@ -97,3 +97,25 @@ def test_evaluation_sees_every_replica():
     assert result["test"]["loss"].shape == (3,)
     assert jnp.isfinite(result["test"]["loss"]).all()
     assert len(program.models(compiled.init())) == 3
+
+
+def test_the_moving_average_of_the_parameters():
+    overrides = {"ema_decay": 0.9, "seeds": (0, 1), "model.dropout": 0.2}
+    compiled = Compiled(make_program(override(get_config(), overrides)))
+    state = compiled.init()
+    expected = jax.tree.map(np.asarray, state.params)
+    for step in range(3):
+        state, _ = compiled.steps(state, step, 1, None)
+        expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * np.asarray(p), expected, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.average, expected)
+    results = compiled.evaluate(state)
+    swapped = compiled.evaluate(state._replace(params=state.average))
+    np.testing.assert_allclose(results["test_ema"]["loss"], swapped["test"]["loss"])
+    assert not np.allclose(results["test_ema"]["loss"], results["test"]["loss"])
+
+
+def test_no_moving_average_unless_asked_for():
+    state, _ = run({}, 2)
+    assert state.average is None
+    with pytest.raises(UserError, match=r"ema_decay=1.0: choose a number from 0"):
+        make_program(override(get_config(), {"ema_decay": 1.0}))

@@ -1,0 +1,295 @@
+"""What a training step and an inference of a vision transformer cost, by mixer, form and resolution (E3 to E6).
+
+A `Case` says what is run; `prepare` compiles it, `measure` times it. The memory is what the compiler plans: arguments,
+results and temporaries together, without what a program shares with its arguments. Times are medians of single runs
+after one to warm up, on images of noise; the optimiser's step is AdamW's, parameters are float32, the computation is in
+bfloat16. Nothing is augmented.
+"""
+
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from lion.vision import vision_transformer
+from models.vision_transformer import VisionTransformer
+
+PATCH = 16
+CLASSES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program to measure.
+
+    Attributes:
+      name: of the row.
+      mixer: a key of `lion.vision.MIXERS`.
+      size: a key of `lion.vision.SIZES`.
+      resolution: of the images in pixels; a rest that fills no patch is cut off.
+      batch: images.
+      training: forward pass, backward pass and AdamW, or the forward pass alone.
+      options: of the mixer, as pairs: its form, chunk size, implementation.
+      depth: blocks; 0 for those of the size.
+      loop: whether the blocks are run by one loop, which compiles in a fraction of the time, or one after another.
+    """
+
+    name: str
+    mixer: str
+    size: str
+    resolution: int
+    batch: int
+    training: bool
+    options: tuple[tuple[str, Any], ...] = ()
+    depth: int = 0
+    loop: bool = True
+
+    @property
+    def image_size(self) -> int:
+        return self.resolution // PATCH * PATCH
+
+    @property
+    def tokens(self) -> int:
+        return (self.resolution // PATCH) ** 2 + 1
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled case: `run` takes and gives what is carried from one run to the next."""
+
+    case: Case
+    start: Callable[[], tuple[Any, ...]]
+    run: Callable[..., tuple[Any, ...]]
+    gigabytes: float
+    seconds_to_compile: float
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a case took; `failure` says why it was not run."""
+
+    case: Case
+    milliseconds: float | None = None
+    gigabytes: float | None = None
+    seconds_to_compile: float | None = None
+    failure: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        numbers = {key: value for key, value in vars(self).items() if key != "case"}
+        return {**dataclasses.asdict(self.case), "options": dict(self.case.options), **numbers}
+
+
+def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 8, seconds_a_case: float = 20.0) -> list[Measured]:
+    """Compiles all cases side by side, then times one after another.
+
+    Args:
+      cases: what to measure.
+      repeats: runs of each, at most.
+      workers: threads that compile.
+      seconds_a_case: after which no further run is begun.
+    """
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        programs = list(pool.map(_prepared, cases))
+    return [
+        program if isinstance(program, Measured) else measure(program, repeats, seconds_a_case) for program in programs
+    ]
+
+
+def _prepared(case: Case) -> Program | Measured:
+    try:
+        return prepare(case)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, RuntimeError) as error:
+        return Measured(case, failure=_reason(error))
+
+
+def measure(program: Program, repeats: int, seconds: float) -> Measured:
+    """Median time of a run, with the first left out; what does not fit into the memory is reported as that."""
+    result = Measured(program.case, None, program.gigabytes, program.seconds_to_compile)
+    times = []
+    try:
+        carried = jax.block_until_ready(program.run(*program.start()))
+        began = time.monotonic()
+        while len(times) < repeats and (not times or time.monotonic() - began < seconds):
+            before = time.perf_counter()
+            carried = jax.block_until_ready(program.run(*carried))
+            times.append(1e3 * (time.perf_counter() - before))
+    except jax.errors.JaxRuntimeError as error:
+        result.failure = _reason(error)
+        return result
+    result.milliseconds = statistics.median(times)
+    return result
+
+
+def prepare(case: Case) -> Program:
+    """Compiles a case. Raises what the compiler raises where it cannot, or where the memory does not suffice."""
+    parts = _Parts(case)
+    if case.training:
+        optimizer = optax.adamw(1e-3, weight_decay=0.05)
+
+        def start() -> tuple[Any, ...]:
+            weights = parts.weights(jax.random.key(0))
+            images = jax.random.normal(jax.random.key(1), parts.images.shape, parts.images.dtype)
+            return weights, optimizer.init(weights), images
+
+        def run(weights: Any, state: Any, images: jax.Array) -> tuple[Any, ...]:
+            labels = jnp.arange(case.batch) % CLASSES
+
+            def loss(weights: Any) -> jax.Array:
+                logits = parts.forward(_narrow(weights), images).astype(jnp.float32)
+                return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+            updates, state = optimizer.update(jax.grad(loss)(weights), state, weights)
+            return optax.apply_updates(weights, updates), state, images
+
+        step = jax.jit(run, donate_argnums=(0, 1, 2))
+    else:
+
+        def start() -> tuple[Any, ...]:
+            weights = _narrow(parts.weights(jax.random.key(0)))
+            return weights, jax.random.normal(jax.random.key(1), parts.images.shape, parts.images.dtype)
+
+        def run(weights: Any, images: jax.Array) -> tuple[Any, ...]:
+            # What comes out goes in again, so that no run can be left out or overlap with the next.
+            logits = parts.forward(weights, images)
+            return weights, images.at[:, 0, 0, 0].set(logits[:, 0].astype(images.dtype))
+
+        step = jax.jit(run, donate_argnums=(0, 1))
+    began = time.monotonic()
+    compiled = step.lower(*jax.eval_shape(start)).compile()
+    plan = compiled.memory_analysis()
+    total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+    return Program(case, jax.jit(start), compiled, total / 1e9, time.monotonic() - began)
+
+
+class _Parts:
+    """The model of a case as functions of its weights: those of the blocks, stacked, and the rest; or all of them."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.images = jax.ShapeDtypeStruct((case.batch, case.image_size, case.image_size, 3), jnp.bfloat16)
+        self._model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
+        self._whole = nnx.graphdef(self._model)
+        self._block = nnx.graphdef(self._model.blocks[0])  # those of all blocks do the same
+
+    def _make(self, key: jax.Array) -> VisionTransformer:
+        case = self.case
+        depth = {"depth": case.depth} if case.depth else {}
+        return vision_transformer(
+            case.size,
+            case.mixer,
+            mixer_options=dict(case.options),
+            image_size=case.image_size,
+            patch=PATCH,
+            classes=CLASSES,
+            rngs=nnx.Rngs(params=key),
+            **depth,
+        )
+
+    def weights(self, key: jax.Array) -> Any:
+        """All weights; for a loop over the blocks, those of what is no block, and those of the blocks, stacked."""
+        model = self._make(key)
+        if not self.case.loop:
+            return nnx.state(model)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(block) for block in model.blocks))
+        model.blocks = nnx.List([])
+        return nnx.state(model), stacked
+
+    def forward(self, weights: Any, images: jax.Array) -> jax.Array:
+        """Logits."""
+        if not self.case.loop:
+            return nnx.merge(self._whole, weights)(images)
+        rest, stacked = weights
+        model = self._outside(rest)
+        x, _ = jax.lax.scan(lambda x, block: (nnx.merge(self._block, block)(x), None), model.tokens(images), stacked)
+        return model.logits(x)
+
+    def _outside(self, rest: Any) -> VisionTransformer:
+        model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
+        model.blocks = nnx.List([])
+        return nnx.merge(nnx.graphdef(model), rest)
+
+
+def _narrow(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return "out of memory" if "RESOURCE_EXHAUSTED" in text else text[:160]
+
+
+FORMS = ("full", "recurrent", "chunked", "two_sided")
+LION = ("lion_lit", "lion_d", "lion_s")
+SOFTMAX = {"softmax, naive": "xla", "softmax, fused": "cudnn"}
+RESOLUTIONS = (224, 512, 738, 1024, 1248, 1536, 2496)
+"""In pixels, those of the paper."""
+
+
+def training_cases(sizes: dict[str, int], depth: int = 0, resolution: int = 224, loop: bool = False) -> list[Case]:
+    """E3: a training step of every variant; `sizes` gives the batch of each size of the model."""
+    shared = {"resolution": resolution, "training": True, "depth": depth, "loop": loop}
+    cases = []
+    for size, batch in sizes.items():
+        for name, implementation in SOFTMAX.items():
+            cases.append(
+                Case(name, "softmax", size, batch=batch, options=(("implementation", implementation),), **shared)
+            )
+        for mixer in (*LION, "lion_d_two_scans", "lion_s_two_scans"):
+            cases.append(Case(mixer, mixer, size, batch=batch, **shared))
+    return cases
+
+
+def resolution_cases(
+    size: str, resolutions: Sequence[int], training: bool, batch: Callable[[int], int], depth: int = 0
+) -> list[Case]:
+    """E4 and E5: softmax and the variants by resolution; in inference each form of each variant.
+
+    Args:
+      size: of the model.
+      resolutions: in pixels.
+      training: a training step or inference.
+      batch: images by number of tokens.
+      depth: as in `Case`.
+    """
+    cases = []
+    for resolution in resolutions:
+        shared = {"size": size, "resolution": resolution, "training": training, "depth": depth}
+        images = batch((resolution // PATCH) ** 2 + 1)
+        for name, implementation in SOFTMAX.items():
+            options = (("implementation", implementation),)
+            cases.append(Case(name, "softmax", batch=images, options=options, **shared))
+        for mixer in LION:
+            if training:
+                cases.append(Case(mixer, mixer, batch=images, **shared))
+                continue
+            for form in FORMS:
+                cases.append(Case(f"{mixer}, {form}", mixer, batch=images, options=(("form", form),), **shared))
+    return cases
+
+
+def chunk_cases(size: str, resolution: int, batch: int, chunks: Sequence[int], depth: int = 0) -> list[Case]:
+    """E6: the two chunk forms by chunk size; a size of all tokens is the full form."""
+    shared = {"size": size, "resolution": resolution, "batch": batch, "training": False, "depth": depth}
+    tokens = (resolution // PATCH) ** 2 + 1
+    cases = []
+    for mixer in ("lion_d", "lion_s"):
+        for form in ("chunked", "two_sided"):
+            for chunk in sorted({min(chunk, tokens) for chunk in chunks}):
+                options = (("form", form), ("chunk_size", chunk))
+                cases.append(Case(f"{mixer}, {form}, {chunk}", mixer, options=options, **shared))
+        cases.append(Case(f"{mixer}, full", mixer, options=(("form", "full"),), **shared))
+    return cases
+
+
+def by_tokens(budget: int) -> Callable[[int], int]:
+    """As many images as have about `budget` tokens together, at least one."""
+    return lambda tokens: max(1, int(np.floor(budget / tokens)))

@@ -1,0 +1,65 @@
+"""Drawings of the results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def dots(
+    titles: Mapping[str, str], panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: Path
+) -> None:
+    """A panel for each measurement, a line for each arm, a dot for each seed and a bar at their mean.
+
+    Args:
+      titles: of the arms, from top to bottom.
+      panels: title of the panel -> arm -> values; an arm that was not measured stays empty.
+      label: of the values.
+      path: of the PNG.
+    """
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(2.2 + 2.6 * len(panels), 0.9 + 0.26 * len(titles)),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    places = {arm: -place for place, arm in enumerate(titles)}
+    for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
+        for arm, found in values.items():
+            axis.plot(found, [places[arm]] * len(found), "o", ms=3, alpha=0.6, color="tab:blue")
+            axis.plot(np.mean(found), places[arm], "|", ms=12, mew=2, color="black")
+        axis.set(title=name, xlabel=label, yticks=list(places.values()), yticklabels=list(titles.values()))
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]], x_label: str, y_labels: Mapping[str, str], path: Path
+) -> None:
+    """A panel for each quantity, a line for each name, over a common axis; both axes are logarithmic.
+
+    Args:
+      panels: title of the panel -> name of the line -> x -> y; what was not measured is left out.
+      x_label: of the common axis.
+      y_labels: by title of the panel.
+      path: of the PNG.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colors = plt.get_cmap("tab20")
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            style = {"marker": "o", "ms": 3, "lw": 1.2, "color": colors(names.index(name) % 20)}
+            axis.plot(list(points), list(points.values()), label=name, **style)
+        axis.set(title=title, xlabel=x_label, ylabel=y_labels[title], xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
