@@ -111,9 +111,7 @@ def _in_batches(examples: TokenSet, size: int) -> dict[str, np.ndarray]:
     return batches if examples.legal is None else {**batches, "legal": cut(examples.legal, 0)}
 
 
-def tested(
-    model: nnx.Module, batches: Mapping[str, jax.Array], labelled: int, vocabulary: int
-) -> dict[str, jax.Array]:
+def tested(model: nnx.Module, batches: Mapping[str, jax.Array], labelled: int, vocabulary: int) -> dict[str, jax.Array]:
     """How often the likeliest token is the label.
 
     Args:
