@@ -28,6 +28,23 @@ if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, 
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltanet.delta_rule.chunked import d_chunk_log_decay
+from models.kernels import mosaic_gpu as mgpu
+from models.kernels.mosaic_gpu import (
+    Sum,
+    along_columns,
+    along_rows,
+    issue,
+    load,
+    parts_of,
+    product,
+    row_and_column,
+    scale_rows,
+    scoped,
+    split_product,
+    store_split,
+    tile,
+    transposed,
+)
 
 CHUNK = 64  # also the smallest number of rows of the matrix unit
 COLUMNS = 64  # value columns of a warpgroup
@@ -91,117 +108,22 @@ class Layout(NamedTuple):
         return self.value_dim // (COLUMNS * self.warpgroups)
 
 
-# Shared memory, registers and products.
-
-
-def _tile(*shape: int, dtype: jnp.dtype = _BF16) -> Any:
-    """A tile that the matrix unit reads: 128-byte lines, swizzled."""
-    line = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(128)))
-
-
-def _load(ref: Any) -> jax.Array:
-    """A tile in registers, float32."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(_F32)
-
-
-def _along_rows(ref: Any) -> jax.Array:
-    """A vector [n] in registers, entry i with row i of a matrix."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
-
-
-def _along_columns(ref: Any) -> jax.Array:
-    """A vector [n] in registers, entry j with column j of a matrix."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
-
-
-def _scale_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
-    return x * lax.broadcast_in_dim(vector, x.shape, [0])
-
-
-def _row_and_column(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-
-
-def _t(ref: Any) -> Any:
-    return ref.transpose((1, 0))
-
-
-def _product(*pairs: tuple[Any, Any]) -> jax.Array:
-    """The sum of products of tiles in shared memory, float32."""
-    shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
-
-    def body(accumulator):
-        for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(body, plgpu.ACC(shape, _F32))
-
-
-def _scoped(body: Callable, *shapes: tuple[int, int]) -> Any:
-    """Runs `body` with accumulators of these shapes. Products run while it goes on, until it waits for them."""
-    return pl.run_scoped(body, *(plgpu.ACC(shape, _F32) for shape in shapes))
-
-
-def _issue(accumulator: Any, *pairs: tuple[Any, Any]) -> None:
-    """Starts to add products of tiles in shared memory to an accumulator."""
-    for a, b in pairs:
-        plgpu.wgmma(accumulator, a, b)
-
-
-class _Sum:
-    """An accumulator that starts at a value."""
-
-    def __init__(self, accumulator: Any, value: jax.Array, layout: Layout) -> None:
-        self._accumulator, self._value = accumulator, value
-        # The interpreter has no initial values of accumulators.
-        self._later = bool(layout.interpret)
-        if not self._later:
-            accumulator[...] = value
-
-    def issue(self, *pairs: tuple[Any, Any]) -> None:
-        """Starts to add products."""
-        _issue(self._accumulator, *pairs)
-
-    def load(self, pending: int) -> jax.Array:
-        """The sum, once only so many products, the last ones issued, may still run."""
-        total = plgpu.wgmma_accumulator_load(self._accumulator, wait_n=pending)
-        return self._value + total if self._later else total
-
-
-def _split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
-    """The pairs of the product of two split matrices; the product of both remainders is below float32's rounding."""
-    return (a[0], b[0]), (a[1], b[0]), (a[0], b[1])
-
-
-def _parts(refs: Any) -> tuple[Any, Any]:
-    return refs.at[0], refs.at[1]
-
-
-def _store_split(refs: Sequence[Any], x: jax.Array) -> None:
-    """Writes `x` as the sum of two bfloat16 tiles, `refs[0] + refs[1]`."""
-    high = x.astype(_BF16)
-    refs[0][...] = high
-    refs[1][...] = (x - high.astype(_F32)).astype(_BF16)
-
-
 # Decay. `rows` is a reference to the numbers per token of a chunk, [1 to 3, chunk] in shared memory.
 
 
-def _pairs(rows: Any, layout: Layout, *, transposed: bool = False) -> jax.Array:
+def _pairs(rows: Any, layout: Layout, *, swapped: bool = False) -> jax.Array:
     """Gamma, [chunk, chunk]: ones on and below the diagonal where there is no decay."""
-    i, j = _row_and_column((CHUNK, CHUNK))
-    if transposed:
+    i, j = row_and_column((CHUNK, CHUNK))
+    if swapped:
         i, j = j, i
     reaches = i >= j
     if not layout.gated:
         return jnp.where(reaches, 1.0, 0.0)
 
     def difference(ref):
-        row = lax.broadcast_in_dim(_along_rows(ref), (CHUNK, CHUNK), [0])
-        column = lax.broadcast_in_dim(_along_columns(ref), (CHUNK, CHUNK), [1])
-        return column - row if transposed else row - column
+        row = lax.broadcast_in_dim(along_rows(ref), (CHUNK, CHUNK), [0])
+        column = lax.broadcast_in_dim(along_columns(ref), (CHUNK, CHUNK), [1])
+        return column - row if swapped else row - column
 
     if layout.packed:
         reaches = reaches & (difference(rows.at[2]) == 0)
@@ -211,14 +133,14 @@ def _pairs(rows: Any, layout: Layout, *, transposed: bool = False) -> jax.Array:
 
 def _entry(rows: Any, layout: Layout) -> jax.Array:
     """gamma, [chunk], along rows."""
-    factor = jnp.exp(_along_rows(rows.at[1]))
-    return jnp.where(_along_rows(rows.at[2]) == 0, factor, 0.0) if layout.packed else factor
+    factor = jnp.exp(along_rows(rows.at[1]))
+    return jnp.where(along_rows(rows.at[2]) == 0, factor, 0.0) if layout.packed else factor
 
 
 def _exit(rows: Any, layout: Layout) -> jax.Array:
     """lambda, [chunk], along rows."""
-    factor = jnp.exp(rows[1, CHUNK - 1] - _along_rows(rows.at[1]))
-    return jnp.where(_along_rows(rows.at[2]) == rows[2, CHUNK - 1], factor, 0.0) if layout.packed else factor
+    factor = jnp.exp(rows[1, CHUNK - 1] - along_rows(rows.at[1]))
+    return jnp.where(along_rows(rows.at[2]) == rows[2, CHUNK - 1], factor, 0.0) if layout.packed else factor
 
 
 def _whole(rows: Any, layout: Layout) -> jax.Array:
@@ -228,22 +150,7 @@ def _whole(rows: Any, layout: Layout) -> jax.Array:
 
 
 def _kernel(body: Callable, name: str, layout: Layout, **options) -> Callable:
-    """A kernel with Lane semantics: the search for layouts of the other semantics does not end on these kernels.
-
-    Barriers are ours to place. A warpgroup's four warps meet in `commit_smem` and in `wait_smem_to_gmem`; between the
-    last wait for a product and a store over one of its operands there must be such a meeting, because another warp may
-    still be reading.
-    """
-    body.__name__ = f"delta_rule_{name}"
-    semantics = plgpu.LoweringSemantics.Lane
-    return plgpu.kernel(
-        body,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=semantics, approx_math=True, unsafe_no_auto_barriers=True
-        ),
-        interpret=layout.interpret or None,
-        **options,
-    )
+    return mgpu.kernel(body, f"delta_rule_{name}", layout.interpret, **options)
 
 
 # Kernel 1: the inverse.
@@ -274,11 +181,11 @@ def invert(k: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
             for row in range(layout.rows):
                 plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_t.at[row], loaded.at[w])
             plgpu.barrier_wait(loaded.at[w])
-            i, j = _row_and_column((CHUNK, CHUNK))
+            i, j = row_and_column((CHUNK, CHUNK))
             differs = i ^ j
             unit = jnp.where(i == j, 1.0, 0.0)
-            m = _product(*((k_t.at[group], _t(k_t.at[group])) for group in range(groups)))
-            m = _scale_rows(m, _along_rows(rows_t.at[0]))
+            m = product(*((k_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
+            m = scale_rows(m, along_rows(rows_t.at[0]))
             if layout.gated:
                 m = m * _pairs(rows_t, layout)
             m = jnp.where(i > j, m, 0.0)
@@ -291,20 +198,20 @@ def invert(k: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
             while size < CHUNK:
                 x_t[...] = x.astype(_F16)
                 # M comes back from shared memory each time: registers are what limits the chunks at work at once.
-                level_t[...] = jnp.where((differs >= size) & (differs < 2 * size), _load(high_t), 0.0).astype(_F16)
+                level_t[...] = jnp.where((differs >= size) & (differs < 2 * size), load(high_t), 0.0).astype(_F16)
                 plgpu.commit_smem()
-                y_t[...] = _product((level_t, x_t)).astype(_F16)
+                y_t[...] = product((level_t, x_t)).astype(_F16)
                 plgpu.commit_smem()
-                x = x - _product((x_t, y_t))
+                x = x - product((x_t, y_t))
                 plgpu.commit_smem()
                 size *= 2
             x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
-            residual = unit - _load(x_t) - _product((high_t, x_t), (low_t, x_t))
+            residual = unit - load(x_t) - product((high_t, x_t), (low_t, x_t))
             y_t[...] = residual.astype(_F16)
             plgpu.commit_smem()
-            out = _parts(k_t)  # the keys are spent
-            _store_split(out, _load(x_t) + _product((x_t, y_t)))
+            out = parts_of(k_t)  # the keys are spent
+            store_split(out, load(x_t) + product((x_t, y_t)))
             plgpu.commit_smem()
             for part in range(2):
                 plgpu.copy_smem_to_gmem(out[part], inverse_ref.at[part, b, h, tokens])
@@ -320,11 +227,11 @@ def invert(k: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={
-            "k_s": _tile(warpgroups, max(groups, 2), CHUNK, 64),
+            "k_s": tile(warpgroups, max(groups, 2), CHUNK, 64),
             "rows_s": plgpu.SMEM((warpgroups, layout.rows, CHUNK), _F32),
-            "x_s": _tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
-            "y_s": _tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
-            "m_s": _tile(warpgroups, 3, CHUNK, CHUNK, dtype=_F16),
+            "x_s": tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
+            "y_s": tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
+            "m_s": tile(warpgroups, 3, CHUNK, CHUNK, dtype=_F16),
             "loaded": plgpu.Barrier(num_arrivals=groups + layout.rows, num_barriers=warpgroups),
         },
     )(k, rows)
@@ -351,9 +258,9 @@ def _stages(layout: Layout, keys: int, fixed: int) -> int:
 def _slots(layout: Layout, stages: int, keys: int) -> dict[str, Any]:
     """Shared memory of the copies of a sweep, and the barriers between who copies and who computes."""
     return {
-        "keys_s": [_tile(stages, CHUNK, layout.dim) for _ in range(keys)],
-        "value_s": _tile(stages, layout.warpgroups, CHUNK, COLUMNS),
-        "inverse_s": _tile(stages, 2, CHUNK, CHUNK),
+        "keys_s": [tile(stages, CHUNK, layout.dim) for _ in range(keys)],
+        "value_s": tile(stages, layout.warpgroups, CHUNK, COLUMNS),
+        "inverse_s": tile(stages, 2, CHUNK, CHUNK),
         "rows_s": plgpu.SMEM((stages, layout.rows, CHUNK), _F32),
         "full": plgpu.Barrier(num_arrivals=keys + layout.warpgroups + 2 + layout.rows, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=layout.warpgroups, num_barriers=stages),
@@ -445,60 +352,60 @@ def _sweep(q, k, v, inverse, rows, state, layout: Layout):
 
         def compute(w):
             columns = _columns(layout, w)
-            state_t, n_t = state_s.at[w], _parts(n_s.at[w])
-            scores_t = _parts(scores_s.at[w]) if outputs else None
+            state_t, n_t = state_s.at[w], parts_of(n_s.at[w])
+            scores_t = parts_of(scores_s.at[w]) if outputs else None
 
             def step(n, state):
                 slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
                 key_t, rows_t = slots["keys_s"][-1].at[slot], slots["rows_s"].at[slot]
                 query_t = slots["keys_s"][0].at[slot]
-                inverse_t = _parts(slots["inverse_s"].at[slot])
+                inverse_t = parts_of(slots["inverse_s"].at[slot])
                 plgpu.barrier_wait(full.at[slot])
 
                 def main(predicted, found, updated, scores=None, read=None, decayed=None):
-                    _issue(predicted, (key_t, state_t))
+                    issue(predicted, (key_t, state_t))
                     if outputs:
-                        _issue(scores, (query_t, _t(key_t)))
+                        issue(scores, (query_t, transposed(key_t)))
                     prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1 if outputs else 0)
                     if layout.gated:
-                        prediction = _scale_rows(prediction, _entry(rows_t, layout))
-                    error = _scale_rows(_load(slots["value_s"].at[slot, w]) - prediction, _along_rows(rows_t.at[0]))
+                        prediction = scale_rows(prediction, _entry(rows_t, layout))
+                    error = scale_rows(load(slots["value_s"].at[slot, w]) - prediction, along_rows(rows_t.at[0]))
                     if not outputs:  # of the three of the chunk before, all but the state's: N was in these tiles
                         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    _store_split(n_t, error)
+                    store_split(n_t, error)
                     plgpu.commit_smem()
-                    _issue(found, *_split_product(inverse_t, n_t))
+                    issue(found, *split_product(inverse_t, n_t))
                     if outputs:
-                        _issue(read, (query_t, state_t))
+                        issue(read, (query_t, state_t))
                         score = plgpu.wgmma_accumulator_load(scores, wait_n=4)
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before was in these tiles
-                        _store_split(scores_t, score * _pairs(rows_t, layout))
+                        store_split(scores_t, score * _pairs(rows_t, layout))
                     pseudo = plgpu.wgmma_accumulator_load(found, wait_n=1 if outputs else 0)
                     if outputs:
                         plgpu.commit_smem()
                     else:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the state before
                     if layout.gated:
-                        after = _Sum(updated, state * _whole(rows_t, layout), layout)
-                        _store_split(n_t, _scale_rows(pseudo, _exit(rows_t, layout)))
+                        after = Sum(updated, state * _whole(rows_t, layout), layout.interpret)
+                        store_split(n_t, scale_rows(pseudo, _exit(rows_t, layout)))
                         plgpu.commit_smem()
-                        after.issue(*((_t(key_t), x) for x in n_t))
+                        after.issue(*((transposed(key_t), x) for x in n_t))
                         new_state = after.load(0)
                         if outputs:
                             before = plgpu.wgmma_accumulator_load(read, wait_n=0)
-                            output = _Sum(decayed, _scale_rows(before, _entry(rows_t, layout)), layout)
+                            output = Sum(decayed, scale_rows(before, _entry(rows_t, layout)), layout.interpret)
                         plgpu.commit_smem()
                     else:
-                        after = _Sum(updated, state, layout)
+                        after = Sum(updated, state, layout.interpret)
                     # Without decay the state takes the same N as all else.
-                    _store_split(n_t, pseudo)
+                    store_split(n_t, pseudo)
                     plgpu.commit_smem()
                     if not layout.gated:
-                        after.issue(*((_t(key_t), x) for x in n_t))
+                        after.issue(*((transposed(key_t), x) for x in n_t))
                     if outputs and layout.gated:
-                        output.issue(*_split_product(scores_t, n_t))
+                        output.issue(*split_product(scores_t, n_t))
                     elif outputs:
-                        _issue(read, *_split_product(scores_t, n_t))
+                        issue(read, *split_product(scores_t, n_t))
                     else:
                         for part in range(2):
                             plgpu.copy_smem_to_gmem(n_t[part], out_refs[1].at[part, b, tokens, h, columns])
@@ -515,7 +422,7 @@ def _sweep(q, k, v, inverse, rows, state, layout: Layout):
                 shapes = [(CHUNK, COLUMNS), (CHUNK, COLUMNS), (layout.dim, COLUMNS)]
                 if outputs:
                     shapes += [(CHUNK, CHUNK), *[(CHUNK, COLUMNS)] * (1 + layout.gated)]
-                state = _scoped(main, *shapes)
+                state = scoped(main, *shapes)
                 if outputs:
                     plgpu.copy_smem_to_gmem(scores_t[0], out_refs[0].at[b, tokens, h, columns])
                 else:
@@ -538,9 +445,9 @@ def _sweep(q, k, v, inverse, rows, state, layout: Layout):
         tiles = _Tiles(key_refs, value_ref, inverse_ref, rows_ref)
         _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
 
-    scratch = {"state_s": _tile(wg, layout.dim, COLUMNS), "n_s": _tile(wg, 2, CHUNK, COLUMNS)}
+    scratch = {"state_s": tile(wg, layout.dim, COLUMNS), "n_s": tile(wg, 2, CHUNK, COLUMNS)}
     if outputs:
-        scratch["scores_s"] = _tile(wg, 2, CHUNK, CHUNK)
+        scratch["scores_s"] = tile(wg, 2, CHUNK, CHUNK)
     return _kernel(
         body,
         "output" if outputs else "states",
@@ -567,46 +474,46 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
 
         def compute(w):
             columns = _columns(layout, w)
-            d_state_t, n_t, r_t = d_state_s.at[w], _parts(n_s.at[w]), r_s.at[w]
+            d_state_t, n_t, r_t = d_state_s.at[w], parts_of(n_s.at[w]), r_s.at[w]
 
             def step(i, d_state):
                 slot, n = lax.rem(i, jnp.int32(stages)), layout.chunks - 1 - i
                 query_t, key_t = (slots["keys_s"][x].at[slot] for x in (0, 1))
                 d_output_t, rows_t = slots["value_s"].at[slot, w], slots["rows_s"].at[slot]
-                inverse_t = tuple(_t(part) for part in _parts(slots["inverse_s"].at[slot]))
+                inverse_t = tuple(transposed(part) for part in parts_of(slots["inverse_s"].at[slot]))
                 plgpu.barrier_wait(full.at[slot])
 
                 def main(scores, kept, d_pseudo, found, updated):
-                    _issue(scores, (key_t, _t(query_t)))
-                    _issue(kept, (key_t, d_state_t))
+                    issue(scores, (key_t, transposed(query_t)))
+                    issue(kept, (key_t, d_state_t))
                     score = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                    score = score * (layout.scale * _pairs(rows_t, layout, transposed=True))
+                    score = score * (layout.scale * _pairs(rows_t, layout, swapped=True))
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, R's
                     r_t[...] = score.astype(_BF16)
                     plgpu.commit_smem()
                     from_after = plgpu.wgmma_accumulator_load(kept, wait_n=0)
-                    scaled, after = _load(d_output_t) * layout.scale, d_state
+                    scaled, after = load(d_output_t) * layout.scale, d_state
                     if layout.gated:
-                        from_after = _scale_rows(from_after, _exit(rows_t, layout))
-                        scaled = _scale_rows(scaled, _entry(rows_t, layout))
+                        from_after = scale_rows(from_after, _exit(rows_t, layout))
+                        scaled = scale_rows(scaled, _entry(rows_t, layout))
                         after = d_state * _whole(rows_t, layout)
-                    total = _Sum(d_pseudo, from_after, layout)
+                    total = Sum(d_pseudo, from_after, layout.interpret)
                     total.issue((r_t, d_output_t))
                     scaled_s.at[w][...] = scaled.astype(_BF16)
-                    _store_split(n_t, total.load(0))
+                    store_split(n_t, total.load(0))
                     plgpu.commit_smem()
-                    before = _Sum(updated, after, layout)
-                    _issue(found, *_split_product(inverse_t, n_t))
-                    before.issue((_t(query_t), scaled_s.at[w]))
+                    before = Sum(updated, after, layout.interpret)
+                    issue(found, *split_product(inverse_t, n_t))
+                    before.issue((transposed(query_t), scaled_s.at[w]))
                     r = plgpu.wgmma_accumulator_load(found, wait_n=1)
                     r_t[...] = r.astype(_BF16)  # over the scores, which are spent
-                    leaving = _scale_rows(-r, _along_rows(rows_t.at[0]))
+                    leaving = scale_rows(-r, along_rows(rows_t.at[0]))
                     if layout.gated:
-                        leaving = _scale_rows(leaving, _entry(rows_t, layout))
+                        leaving = scale_rows(leaving, _entry(rows_t, layout))
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the state's gradient
-                    _store_split(n_t, leaving)
+                    store_split(n_t, leaving)
                     plgpu.commit_smem()
-                    before.issue(*((_t(key_t), x) for x in n_t))
+                    before.issue(*((transposed(key_t), x) for x in n_t))
                     plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
                     d_new = before.load(0)
                     d_state_t[...] = d_new.astype(_BF16)
@@ -614,7 +521,7 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
                     return d_new
 
                 shapes = ((CHUNK, CHUNK), *((CHUNK, COLUMNS),) * 3, (layout.dim, COLUMNS))
-                d_state = _scoped(main, *shapes)
+                d_state = scoped(main, *shapes)
 
                 @pl.when(n > 0)
                 def _():
@@ -639,10 +546,10 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
         layout,
         out_type=(after_shape, jax.ShapeDtypeStruct(d_output.shape, _BF16), state_shape),
         scratch_types={
-            "d_state_s": _tile(wg, layout.dim, COLUMNS),
-            "n_s": _tile(wg, 2, CHUNK, COLUMNS),
-            "r_s": _tile(wg, CHUNK, COLUMNS),
-            "scaled_s": _tile(wg, CHUNK, COLUMNS),
+            "d_state_s": tile(wg, layout.dim, COLUMNS),
+            "n_s": tile(wg, 2, CHUNK, COLUMNS),
+            "r_s": tile(wg, CHUNK, COLUMNS),
+            "scaled_s": tile(wg, CHUNK, COLUMNS),
             **_slots(layout, stages, 2),
         },
         **_sweep_options(layout),
@@ -675,7 +582,7 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
         own = piece * width < layout.value_dim
         # A block without value columns of its own loads the first; nothing that it makes of them is used.
         first = jnp.where(own, piece * width, 0)
-        n_t = _parts(n_s)
+        n_t = parts_of(n_s)
         for group in range(groups):
             columns = pl.ds(group * COLUMNS, COLUMNS)
             plgpu.copy_gmem_to_smem(d_output_ref.at[b, tokens, h, columns], d_output_s.at[group], wide)
@@ -691,7 +598,7 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
 
         def over_values(a, *b):
             """`a b^T`, summed over the groups of value columns, and over split `b`."""
-            return _product(*((a.at[group], _t(x.at[group])) for x in b for group in range(groups)))
+            return product(*((a.at[group], transposed(x.at[group])) for x in b for group in range(groups)))
 
         plgpu.barrier_wait(wide)
         d_scores = over_values(d_output_s, *n_t)
@@ -705,40 +612,40 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
         value_t = d_output_s.at[0]
         plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, pl.ds(first, COLUMNS)], value_t, values)
         plgpu.barrier_wait(narrow)
-        beta = _along_rows(rows_s.at[0])
-        i, j = _row_and_column((CHUNK, CHUNK))
+        beta = along_rows(rows_s.at[0])
+        i, j = row_and_column((CHUNK, CHUNK))
         d_m = jnp.where(i > j, d_m, 0.0)
         pairs = _pairs(rows_s, layout)
         if layout.gated:
             # The scores and M of these key columns alone: what is made of them is summed over the blocks.
-            scores = _product((q_s, _t(k_s))) * (layout.scale * pairs)
-            m = _scale_rows(_product((k_s, _t(k_s))) * pairs, beta)
+            scores = product((q_s, transposed(k_s))) * (layout.scale * pairs)
+            m = scale_rows(product((k_s, transposed(k_s))) * pairs, beta)
             both = d_scores * scores + d_m * m
             entry, leave = _entry(rows_s, layout), _exit(rows_s, layout)
-            leaving = leave * (to_state * _load(k_s)).sum(axis=1)
-            through = (from_state * _load(q_s)).sum(axis=1) * layout.scale
-            through -= beta * (prediction * _load(k_s)).sum(axis=1)
+            leaving = leave * (to_state * load(k_s)).sum(axis=1)
+            through = (from_state * load(q_s)).sum(axis=1) * layout.scale
+            through -= beta * (prediction * load(k_s)).sum(axis=1)
             parts_s.at[1][...] = both.sum(axis=1) - leaving + entry * through
             parts_s.at[2][...] = -both.sum(axis=0)
             parts_s.at[3][...] = leaving
-            states = (_load(before_s.at[group]) * _load(after_s.at[group]) for group in range(groups))
+            states = (load(before_s.at[group]) * load(after_s.at[group]) for group in range(groups))
             parts_s.at[4][...] = sum(states).sum(axis=1)
-            from_state, prediction = _scale_rows(from_state, entry), _scale_rows(prediction, entry)
-            to_state = _scale_rows(to_state, leave)
+            from_state, prediction = scale_rows(from_state, entry), scale_rows(prediction, entry)
+            to_state = scale_rows(to_state, leave)
         d_t, y_t = (before_s.at[0], n_t[0].at[0]), (after_s.at[0], n_t[1].at[0])
-        _store_split(d_t, layout.scale * d_scores * pairs)
+        store_split(d_t, layout.scale * d_scores * pairs)
         y = d_m * pairs
-        _store_split(y_t, y)
+        store_split(y_t, y)
         plgpu.commit_smem()
-        d_q = layout.scale * from_state + _product(*((x, k_s) for x in d_t))
+        d_q = layout.scale * from_state + product(*((x, k_s) for x in d_t))
         # A product of its own for X: beta may be zero, and the gradient of beta needs X itself.
-        through_k = _product(*((x, k_s) for x in y_t)) - prediction
-        d_k = to_state + _scale_rows(through_k, beta) + _product((_t(d_t[0]), q_s))
+        through_k = product(*((x, k_s) for x in y_t)) - prediction
+        d_k = to_state + scale_rows(through_k, beta) + product((transposed(d_t[0]), q_s))
         plgpu.commit_smem()
-        y_t[0][...] = _scale_rows(y, beta).astype(_BF16)
+        y_t[0][...] = scale_rows(y, beta).astype(_BF16)
         plgpu.commit_smem()
-        d_k += _product((_t(y_t[0]), k_s))
-        d_beta = (through_k * _load(k_s)).sum(axis=1)
+        d_k += product((transposed(y_t[0]), k_s))
+        d_beta = (through_k * load(k_s)).sum(axis=1)
         plgpu.commit_smem()
         q_s[...], k_s[...] = d_q.astype(_BF16), d_k.astype(_BF16)
         plgpu.commit_smem()
@@ -751,9 +658,9 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, columns], value_t, values)
             plgpu.barrier_wait(values)
-            own_r = _load(r_s.at[lax.div(first, COLUMNS) + group])
-            d_beta += counts * (own_r * _load(value_t)).sum(axis=1)
-            value_t[...] = _scale_rows(own_r, beta).astype(_BF16)
+            own_r = load(r_s.at[lax.div(first, COLUMNS) + group])
+            d_beta += counts * (own_r * load(value_t)).sum(axis=1)
+            value_t[...] = scale_rows(own_r, beta).astype(_BF16)
             plgpu.commit_smem()
 
             @pl.when(own)
@@ -776,13 +683,13 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
         grid=(layout.batch, layout.heads, layout.chunks, slices),
         grid_names=("batch", "heads", "chunks", "slices"),
         scratch_types={
-            "q_s": _tile(CHUNK, _SLICE),
-            "k_s": _tile(CHUNK, _SLICE),
-            "d_output_s": _tile(groups, CHUNK, COLUMNS),
-            "n_s": _tile(2, groups, CHUNK, COLUMNS),
-            "r_s": _tile(groups, CHUNK, COLUMNS),
-            "before_s": _tile(groups, _SLICE, COLUMNS),
-            "after_s": _tile(groups, _SLICE, COLUMNS),
+            "q_s": tile(CHUNK, _SLICE),
+            "k_s": tile(CHUNK, _SLICE),
+            "d_output_s": tile(groups, CHUNK, COLUMNS),
+            "n_s": tile(2, groups, CHUNK, COLUMNS),
+            "r_s": tile(groups, CHUNK, COLUMNS),
+            "before_s": tile(groups, _SLICE, COLUMNS),
+            "after_s": tile(groups, _SLICE, COLUMNS),
             "rows_s": plgpu.SMEM((layout.rows, CHUNK), _F32),
             "parts_s": plgpu.SMEM((parts, CHUNK), _F32),
             "wide": plgpu.Barrier(num_arrivals=4 * groups),
