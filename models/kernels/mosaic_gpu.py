@@ -5,7 +5,7 @@ the last wait for a product and a store over one of its operands there must be s
 still be reading.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,3 +79,66 @@ def kernel(body: Callable, name: str, interpret: Any, **options: Any) -> Callabl
         lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True, unsafe_no_auto_barriers=True
     )
     return plgpu.kernel(body, compiler_params=parameters, interpret=interpret or None, **options)
+
+
+def load(ref: Any) -> jax.Array:
+    """A tile in registers, float32."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def scale_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """Row i of a matrix times entry i of a vector that lies along rows."""
+    return x * rows_of(vector, x.shape)
+
+
+def row_and_column(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """The indices of a matrix's entries, in registers."""
+    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+
+
+def scoped(body: Callable, *shapes: tuple[int, int]) -> Any:
+    """Runs `body` with accumulators of these shapes. Products run while it goes on, until it waits for them."""
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def issue(accumulator: Any, *pairs: tuple[Any, Any]) -> None:
+    """Starts to add products of tiles in shared memory to an accumulator."""
+    for a, b in pairs:
+        plgpu.wgmma(accumulator, a, b)
+
+
+class Sum:
+    """An accumulator that starts at a value."""
+
+    def __init__(self, accumulator: Any, value: jax.Array, interpret: Any) -> None:
+        self._accumulator, self._value = accumulator, value
+        # The interpreter has no initial values of accumulators.
+        self._later = bool(interpret)
+        if not self._later:
+            accumulator[...] = value
+
+    def issue(self, *pairs: tuple[Any, Any]) -> None:
+        """Starts to add products."""
+        issue(self._accumulator, *pairs)
+
+    def load(self, pending: int) -> jax.Array:
+        """The sum, once only so many products, the last ones issued, may still run."""
+        total = plgpu.wgmma_accumulator_load(self._accumulator, wait_n=pending)
+        return self._value + total if self._later else total
+
+
+def parts_of(refs: Any) -> tuple[Any, Any]:
+    """Both tiles of a split matrix."""
+    return refs.at[0], refs.at[1]
+
+
+def split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
+    """The pairs of the product of two split matrices; the product of both remainders is below float32's rounding."""
+    return (a[0], b[0]), (a[1], b[0]), (a[0], b[1])
+
+
+def store_split(refs: Sequence[Any], x: jax.Array) -> None:
+    """Writes `x` as the sum of two bfloat16 tiles, `refs[0] + refs[1]`."""
+    high = x.astype(jnp.bfloat16)
+    refs[0][...] = high
+    refs[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
