@@ -24,7 +24,16 @@ from jax.experimental import pallas as pl
 
 from lion.attention.decay import Cumulative, one_sided_min
 from models.kernels import mosaic_gpu as mgpu
-from models.kernels.mosaic_gpu import along_columns, along_rows, columns_of, product, rows_of, tile, transposed
+from models.kernels.mosaic_gpu import (
+    along_columns,
+    along_rows,
+    columns_of,
+    product,
+    row_and_column,
+    rows_of,
+    tile,
+    transposed,
+)
 
 if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `refusal` says so
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -76,13 +85,14 @@ class Layout(NamedTuple):
         """Numbers per token; see `_rows`."""
         return 6 if self.in_order else 3 * self.scans
 
-    def tokens(self, index: int) -> Any:
-        """Those of a tile, in shared memory, where every tile is whole."""
-        return pl.ds(index * TILE, TILE)
+    def other(self, own: Any, offset: int) -> Any:
+        """The tile that many places after one's own, in a ring."""
+        return lax.rem(own + offset, jnp.int32(self.tiles))
 
-    def stored(self, index: int) -> int:
-        """How many of them there are in device memory."""
-        return min(TILE, self.time - index * TILE)
+
+def _tokens(index: Any) -> Any:
+    """Those of a tile."""
+    return pl.ds(index * TILE, TILE)
 
 
 # The mask. `rows` is a reference to the numbers per token, [rows, time] in shared memory.
@@ -107,19 +117,19 @@ def _rows(before: jax.Array, through: jax.Array, positions: np.ndarray, layout: 
     return jnp.stack([*scans, *(jnp.exp2(x).reshape(scans[0].shape) for x in factors)], 2)
 
 
-def _masks(rows: Any, i: int, j: int, layout: Layout, *, keys_in_rows: bool = False) -> list[jax.Array]:
-    """The masks of the scans between the queries of tile i and the keys of tile j."""
+def _masks(rows: Any, i: Any, j: Any, layout: Layout, *, diagonal: bool, keys_in_rows: bool = False) -> list[jax.Array]:
+    """The masks of the scans between the queries of tile i and the keys of tile j; `diagonal` where they are one."""
 
-    def entries(row: int, queries: bool) -> jax.Array:
-        part = rows.at[row, layout.tokens(i if queries else j)]
+    def entries(row: Any, queries: bool) -> jax.Array:
+        part = rows.at[row, _tokens(i if queries else j)]
         if queries != keys_in_rows:
             return rows_of(along_rows(part), _SQUARE)
         return columns_of(along_columns(part), _SQUARE)
 
-    if layout.in_order and i != j:
-        of_query, of_key = (2, 3) if i > j else (4, 5)
-        between = jnp.exp2(rows[0, max(i, j) * TILE] - rows[1, min(i, j) * TILE + TILE - 1])
-        in_rows = rows.at[of_key, layout.tokens(j)] if keys_in_rows else rows.at[of_query, layout.tokens(i)]
+    if layout.in_order and not diagonal:
+        of_query, of_key = jnp.where(i > j, 2, 4), jnp.where(i > j, 3, 5)
+        between = jnp.exp2(rows[0, jnp.maximum(i, j) * TILE] - rows[1, jnp.minimum(i, j) * TILE + TILE - 1])
+        in_rows = rows.at[of_key, _tokens(j)] if keys_in_rows else rows.at[of_query, _tokens(i)]
         in_columns = entries(of_query, True) if keys_in_rows else entries(of_key, False)
         return [rows_of(along_rows(in_rows) * between, _SQUARE) * in_columns]
     return [
@@ -137,25 +147,25 @@ def _mean(masks: Sequence[jax.Array]) -> jax.Array:
 
 
 def _by_side(
-    x: jax.Array, rows: Any, n: int, i: int, j: int, layout: Layout, *, keys_in_rows: bool
-) -> list[jax.Array | None]:
-    """Row sums of a tile's entries below the diagonal of the scan n and above it; None for a side without entries."""
-    if layout.in_order and i != j:
+    x: jax.Array, rows: Any, n: int, i: Any, j: Any, layout: Layout, *, diagonal: bool, keys_in_rows: bool
+) -> list[jax.Array]:
+    """Row sums of a tile's entries below the diagonal of the scan n and above it."""
+    if layout.in_order and not diagonal:
         total = x.sum(axis=1)
-        return [total, None] if i > j else [None, total]
+        return [total * jnp.where(i > j, 1.0, 0.0), total * jnp.where(i > j, 0.0, 1.0)]
     if layout.in_order:
-        row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+        row, column = row_and_column(_SQUARE)
     else:
         row_tile, column_tile = (j, i) if keys_in_rows else (i, j)
         place = 2 * layout.scans + n
-        row = rows_of(along_rows(rows.at[place, layout.tokens(row_tile)]), _SQUARE)
-        column = columns_of(along_columns(rows.at[place, layout.tokens(column_tile)]), _SQUARE)
+        row = rows_of(along_rows(rows.at[place, _tokens(row_tile)]), _SQUARE)
+        column = columns_of(along_columns(rows.at[place, _tokens(column_tile)]), _SQUARE)
     sides = (column > row, column < row) if keys_in_rows else (row > column, row < column)
     return [jnp.where(side, x, 0.0).sum(axis=1) for side in sides]
 
 
-def _plus(x: jax.Array | None, y: jax.Array | None) -> jax.Array | None:
-    return y if x is None else x if y is None else x + y
+def _plus(x: jax.Array | None, y: jax.Array) -> jax.Array:
+    return y if x is None else x + y
 
 
 def _accumulate(accumulator: Any, x: jax.Array, y: Any, scratch: Sequence[Any], warpgroup: int) -> None:
@@ -169,13 +179,16 @@ def _accumulate(accumulator: Any, x: jax.Array, y: Any, scratch: Sequence[Any], 
 
 
 def _own_tiles(layout: Layout, run: Any) -> None:
-    """Runs `run(tile, warpgroup)` in the warpgroup that owns the tile; the indices are static."""
-    for index in range(layout.tiles):
-        owner = index % layout.warpgroups
+    """Runs `run(tile, warpgroup)` for every tile of a warpgroup."""
+    warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(lax.axis_index("warpgroup") == owner)
-        def _(index: int = index, owner: int = owner) -> None:
-            run(index, owner)
+    @pl.loop(0, -(-layout.tiles // layout.warpgroups))
+    def _(turn: Any) -> None:
+        own = turn * layout.warpgroups + warpgroup
+
+        @pl.when(own < layout.tiles)
+        def _() -> None:
+            run(own, warpgroup)
 
 
 def _call(body: Any, name: str, layout: Layout, out_type: Any, scratch: dict[str, Any], *operands: jax.Array) -> Any:
@@ -202,8 +215,11 @@ def _load(arrays: Sequence[tuple[Any, Any]], vectors: Sequence[tuple[Any, Any]],
 
     @pl.when(lax.axis_index("warpgroup") == 0)
     def _() -> None:
-        for source, target in arrays:
-            plgpu.copy_gmem_to_smem(source.at[b, pl.ds(0, layout.tiles * TILE), h], target, loaded)
+        @pl.loop(0, layout.tiles)
+        def _(index: Any) -> None:
+            for source, target in arrays:
+                plgpu.copy_gmem_to_smem(source.at[b, _tokens(index), h], target.at[index], loaded)
+
         for source, target in vectors:
             plgpu.copy_gmem_to_smem(source, target, loaded)
 
@@ -214,6 +230,11 @@ def _of_head(rows: Any, layout: Layout) -> Any:
     return rows.at[0 if layout.shared else lax.axis_index("batch"), lax.axis_index("heads")]
 
 
+# A function of its own in the program: the layers of a model share one kernel, which takes seconds to lower.
+_compiled_once = partial(jax.jit, static_argnames="layout")
+
+
+@_compiled_once
 def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | None, layout: Layout) -> Any:
     """The normalised output, like `v`; or numerators in float32 and row sums `[batch, heads, whole tiles]`."""
     whole = layout.tiles * TILE
@@ -225,34 +246,33 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
         vectors = [(_of_head(refs[3], layout), rows_s)] if decayed else []
         _load(tuple(zip(refs[:3], (q_s, k_s, v_s), strict=True)), vectors, layout, loaded)
 
-        def run(i: int, warpgroup: int) -> None:
-            query_t = q_s.at[layout.tokens(i)]
+        def run(i: Any, warpgroup: Any) -> None:
+            query_t = q_s.at[i]
 
             def main(accumulator: Any) -> tuple[jax.Array, jax.Array]:
                 row_sum = None
-                for j in range(layout.tiles):
-                    scores = product((query_t, transposed(k_s.at[layout.tokens(j)])))
+                for offset in range(layout.tiles):
+                    j = layout.other(i, offset)
+                    scores = product((query_t, transposed(k_s.at[j])))
                     if decayed:
-                        scores = scores * _mean(_masks(rows_s, i, j, layout))
+                        scores = scores * _mean(_masks(rows_s, i, j, layout, diagonal=not offset))
                     row_sum = _plus(row_sum, scores.sum(axis=1))
-                    _accumulate(accumulator, scores, v_s.at[layout.tokens(j)], left_s, warpgroup)
+                    _accumulate(accumulator, scores, v_s.at[j], left_s, warpgroup)
                 return accumulator[...], row_sum
 
             numerator, row_sum = pl.run_scoped(main, plgpu.ACC(_SQUARE, _F32))
-            stored = pl.ds(i * TILE, layout.stored(i))
             if layout.normalize:
                 # A padded token has no scores, and its output is zero.
                 query_t[...] = (numerator * rows_of(1 / jnp.where(row_sum == 0, 1.0, row_sum), _SQUARE)).astype(_BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_s.at[stored], outputs[0].at[b, stored, h])
+                plgpu.copy_smem_to_gmem(query_t, outputs[0].at[b, _tokens(i), h])
             else:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 parts_s.at[warpgroup][...] = numerator
-                sums_s.at[layout.tokens(i)][...] = row_sum
+                sums_s.at[_tokens(i)][...] = row_sum
                 plgpu.commit_smem()
-                part = parts_s.at[warpgroup, pl.ds(0, layout.stored(i))]
-                plgpu.copy_smem_to_gmem(part, outputs[0].at[b, stored, h])
-                plgpu.copy_smem_to_gmem(sums_s.at[layout.tokens(i)], outputs[1].at[b, h, layout.tokens(i)])
+                plgpu.copy_smem_to_gmem(parts_s.at[warpgroup], outputs[0].at[b, _tokens(i), h])
+                plgpu.copy_smem_to_gmem(sums_s.at[_tokens(i)], outputs[1].at[b, h, _tokens(i)])
 
         _own_tiles(layout, run)
         plgpu.wait_smem_to_gmem(0)
@@ -263,17 +283,16 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
         sums = jax.ShapeDtypeStruct((layout.batch, layout.heads, whole), _F32)
         out_type = (jax.ShapeDtypeStruct(v.shape, _F32), sums)
     scratch = {
-        "q_s": tile(whole, SIZE),
-        "k_s": tile(whole, SIZE),
-        "v_s": tile(whole, SIZE),
+        **{name: tile(layout.tiles, TILE, SIZE) for name in ("q_s", "k_s", "v_s")},
         "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), _F32),
         "sums_s": plgpu.SMEM((whole,), _F32),
         "parts_s": None if layout.normalize else tile(layout.warpgroups, *_SQUARE, dtype=_F32),
-        "loaded": plgpu.Barrier(num_arrivals=3 + decayed),
+        "loaded": plgpu.Barrier(num_arrivals=3 * layout.tiles + decayed),
     }
     return _call(body, "forward", layout, out_type, scratch, q, k, v, *([rows] if decayed else []))
 
 
+@_compiled_once
 def _backward_kernel(
     q: jax.Array,
     k: jax.Array,
@@ -301,25 +320,24 @@ def _backward_kernel(
             vectors.append((refs[len(operands) - 1].at[b, h], shift_s))
         _load(tuple(zip(refs[:4], (q_s, k_s, v_s, d_s), strict=True)), vectors, layout, loaded)
 
-        def store(x: jax.Array, target: Any, index: int, warpgroup: int) -> None:
+        def store(x: jax.Array, target: Any, index: Any, warpgroup: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_s.at[warpgroup][...] = x.astype(_BF16)
             plgpu.commit_smem()
-            count = layout.stored(index)
-            part = out_s.at[warpgroup, pl.ds(0, count)]
-            plgpu.copy_smem_to_gmem(part, target.at[b, pl.ds(index * TILE, count), h])
+            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], target.at[b, _tokens(index), h])
 
-        def queries(i: int, warpgroup: int) -> None:
+        def queries(i: Any, warpgroup: Any) -> None:
             """A tile of dQ; for all of the head, `dP = scale (dO V^T + shift)`."""
-            tokens = layout.tokens(i)
-            query_t, d_t = q_s.at[tokens], d_s.at[tokens]
+            tokens = _tokens(i)
+            query_t, d_t = q_s.at[i], d_s.at[i]
             d_scores, row_sum, inner = [], None, None
-            for j in range(layout.tiles):
-                d_scores.append(product((d_t, transposed(v_s.at[layout.tokens(j)]))))
+            for offset in range(layout.tiles):
+                j = layout.other(i, offset)
+                d_scores.append(product((d_t, transposed(v_s.at[j]))))
                 if layout.normalize:
-                    scores = product((query_t, transposed(k_s.at[layout.tokens(j)])))
+                    scores = product((query_t, transposed(k_s.at[j])))
                     if decayed:
-                        scores = scores * _mean(_masks(rows_s, i, j, layout))
+                        scores = scores * _mean(_masks(rows_s, i, j, layout, diagonal=not offset))
                     row_sum = _plus(row_sum, scores.sum(axis=1))
                     inner = _plus(inner, (scores * d_scores[-1]).sum(axis=1))
             if layout.normalize:
@@ -332,16 +350,17 @@ def _backward_kernel(
 
             def main(accumulator: Any) -> tuple[jax.Array, list]:
                 sums = [[None, None] for _ in range(layout.scans)]
-                for j in range(layout.tiles):
-                    d_masked = d_scores[j] + rows_of(shift, _SQUARE)
-                    masks = _masks(rows_s, i, j, layout) if decayed else []
+                for offset in range(layout.tiles):
+                    j, diagonal = layout.other(i, offset), not offset
+                    d_masked = d_scores[offset] + rows_of(shift, _SQUARE)
+                    masks = _masks(rows_s, i, j, layout, diagonal=diagonal) if decayed else []
                     d_score = d_masked * _mean(masks) if decayed else d_masked
-                    _accumulate(accumulator, d_score, k_s.at[layout.tokens(j)], left_s, warpgroup)
+                    _accumulate(accumulator, d_score, k_s.at[j], left_s, warpgroup)
                     if decayed:
-                        scores = product((query_t, transposed(k_s.at[layout.tokens(j)])))
+                        scores = product((query_t, transposed(k_s.at[j])))
                     for n, mask in enumerate(masks):
                         entry = d_score if layout.scans == 1 else d_masked * mask * (1 / layout.scans)
-                        sides = _by_side(entry * scores, rows_s, n, i, j, layout, keys_in_rows=False)
+                        sides = _by_side(entry * scores, rows_s, n, i, j, layout, diagonal=diagonal, keys_in_rows=False)
                         sums[n] = [_plus(x, y) for x, y in zip(sums[n], sides, strict=True)]
                 return accumulator[...], sums
 
@@ -354,33 +373,34 @@ def _backward_kernel(
                 parts_s.at[2 * n, tokens][...] = below
                 parts_s.at[2 * n + 1, tokens][...] = -above
 
-        def keys(j: int, warpgroup: int) -> None:
+        def keys(j: Any, warpgroup: Any) -> None:
             """A tile of dK and dV, with keys in the rows of all matrices."""
-            tokens = layout.tokens(j)
-            key_t, value_t = k_s.at[tokens], v_s.at[tokens]
+            tokens = _tokens(j)
+            key_t, value_t = k_s.at[j], v_s.at[j]
 
             def main(d_key: Any, d_value: Any) -> tuple[jax.Array, jax.Array, list]:
                 sums = [[None, None] for _ in range(layout.scans)]
-                for i in range(layout.tiles):
-                    others = layout.tokens(i)
-                    scores = product((key_t, transposed(q_s.at[others])))
-                    masks = _masks(rows_s, i, j, layout, keys_in_rows=True) if decayed else []
+                for offset in range(layout.tiles):
+                    i, diagonal = layout.other(j, offset), not offset
+                    others = _tokens(i)
+                    scores = product((key_t, transposed(q_s.at[i])))
+                    masks = _masks(rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True) if decayed else []
                     factor = _mean(masks) if decayed else None
                     if layout.normalize:
                         scale = columns_of(along_columns(scale_s.at[others]), _SQUARE)
                         factor = factor * scale if decayed else scale
                     masked = scores if factor is None else scores * factor
-                    _accumulate(d_value, masked, d_s.at[others], left_s, warpgroup)
-                    d_masked = product((value_t, transposed(d_s.at[others])))
+                    _accumulate(d_value, masked, d_s.at[i], left_s, warpgroup)
+                    d_masked = product((value_t, transposed(d_s.at[i])))
                     d_masked = d_masked + columns_of(along_columns(shift_s.at[others]), _SQUARE)
                     d_score = d_masked if factor is None else d_masked * factor
-                    _accumulate(d_key, d_score, q_s.at[others], left_s, warpgroup)
+                    _accumulate(d_key, d_score, q_s.at[i], left_s, warpgroup)
                     for n, mask in enumerate(masks):
                         entry = d_score
                         if layout.scans > 1:
                             entry = d_masked * mask * (1 / layout.scans)
                             entry = entry * scale if layout.normalize else entry
-                        sides = _by_side(entry * scores, rows_s, n, i, j, layout, keys_in_rows=True)
+                        sides = _by_side(entry * scores, rows_s, n, i, j, layout, diagonal=diagonal, keys_in_rows=True)
                         sums[n] = [_plus(x, y) for x, y in zip(sums[n], sides, strict=True)]
                 return d_key[...], d_value[...], sums
 
@@ -406,12 +426,12 @@ def _backward_kernel(
     if decayed:
         out_type.append(jax.ShapeDtypeStruct((2 * layout.scans, layout.batch, layout.heads, whole), _F32))
     scratch = {
-        **{name: tile(whole, SIZE) for name in ("q_s", "k_s", "v_s", "d_s")},
+        **{name: tile(layout.tiles, TILE, SIZE) for name in ("q_s", "k_s", "v_s", "d_s")},
         "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), _F32),
         "queries_s": plgpu.SMEM((2, whole), _F32),
         "parts_s": plgpu.SMEM((2 * layout.scans if decayed else 1, whole), _F32),
         "out_s": tile(layout.warpgroups, *_SQUARE),
-        "loaded": plgpu.Barrier(num_arrivals=len(operands)),
+        "loaded": plgpu.Barrier(num_arrivals=4 * layout.tiles + len(operands) - 4),
         "met": plgpu.Barrier(num_arrivals=layout.warpgroups),
     }
     return _call(body, "backward", layout, tuple(out_type), scratch, *operands)
@@ -489,7 +509,7 @@ def _attention(
 def _forward(q, k, v, before, through, static):
     layout = _layout(q, before, static)
     rows = None if before is None else _rows(before, through, np.array(static.positions), layout)
-    return _forward_kernel(q, k, v, rows, layout), (q, k, v, before, through)
+    return _forward_kernel(q, k, v, rows, layout=layout), (q, k, v, before, through)
 
 
 def _backward(static, residuals, cotangents):
@@ -497,7 +517,7 @@ def _backward(static, residuals, cotangents):
     layout = _layout(q, before, static)
     rows = None if before is None else _rows(before, through, np.array(static.positions), layout)
     d_output, d_row_sum = (cotangents, None) if static.normalize else cotangents
-    d_q, d_k, d_v, *parts = _backward_kernel(q, k, v, rows, d_output.astype(_BF16), d_row_sum, layout)
+    d_q, d_k, d_v, *parts = _backward_kernel(q, k, v, rows, d_output.astype(_BF16), d_row_sum, layout=layout)
     if before is None:
         return d_q, d_k, d_v, None, None
     parts = parts[0].reshape(layout.scans, 2, layout.batch, layout.heads, -1)[..., : layout.time]
