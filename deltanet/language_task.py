@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,15 @@ from flax import nnx
 
 from data import scored_tests, token_shards
 from data.packing import segments
+from data.text_batches import Batches, GrainBatches, WindowSource
+from data.tokenizers import Tokenizer
+from data.tokenizers import load as load_tokenizer
 from deltanet.evaluators import scores
 from models.losses import next_token_loss
 from training.config import build
 from training.errors import UserError
+
+_TRAINING = "training tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class _PreparedText:
       reset: whether documents in one window know nothing of each other.
       chunk: tokens whose logits exist at once.
       eval_batch: windows, or sequences of a test, that are measured at once.
+      resident: what `residents` returned, on the device.
     """
 
     model: Mapping[str, Any]
@@ -53,6 +59,11 @@ class _PreparedText:
     @property
     def _texts(self) -> token_shards.TokenSet:
         return _load(self.folder)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the texts."""
+        return load_tokenizer(self._texts.folder / "tokenizer.json")
 
     @property
     def examples_per_epoch(self) -> int:
@@ -116,13 +127,14 @@ class _PreparedText:
 
 
 class DeviceText(_PreparedText):
-    """For a corpus that the device's memory has room for. Each epoch has every window once, in an order of its own,
+    """For a corpus that the device's memory has room for.
 
-    and cuts the text into windows at other places. Windows that do not fill a batch at an epoch's end are left out.
+    Each epoch has every window once, in an order of its own, and cuts the text at other places. Windows that do not
+    fill a batch at an epoch's end are left out.
     """
 
     def residents(self) -> dict[str, Any]:
-        return super().residents() | {"train": np.concatenate(self._texts.shards(self.split))}
+        return super().residents() | {_TRAINING: np.concatenate(self._texts.shards(self.split))}
 
     def batch(self, key: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
         count = self.examples_per_epoch
@@ -132,23 +144,27 @@ class DeviceText(_PreparedText):
         shift = jax.random.randint(shift_key, (), 0, self.length)
         places = (index % steps * self.batch_size + jnp.arange(self.batch_size)) % count
         starts = order[places] * self.length + shift
-        train = self.resident["train"]
-        rows = jax.vmap(lambda start: jax.lax.dynamic_slice(train, (start,), (self.length + 1,)))(starts)
+        tokens = self.resident[_TRAINING]
+        rows = jax.vmap(lambda start: jax.lax.dynamic_slice(tokens, (start,), (self.length + 1,)))(starts)
         return self._batch(rows, jnp)
 
 
+@dataclasses.dataclass(frozen=True)
 class HostText(_PreparedText):
-    """For a corpus of any size: the host reads windows from files that are mapped into memory, as `DeviceText` does."""
+    """For a corpus of any size: the host reads windows from files that are mapped into memory.
 
-    def batches(self, seed: int, process_index: int, process_count: int) -> Iterator[dict[str, np.ndarray]]:
-        from data.text_batches import Windows
+    Args:
+      workers: processes of grain that read ahead; 0 reads in this one, without grain.
+    """
 
+    workers: int = 0
+
+    def batches(self, seed: int, process_index: int, process_count: int) -> Batches | GrainBatches:
         share = self.batch_size // process_count
-        shards = self._texts.shards(self.split)
-        part = Windows(
-            shards, self.length, self.batch_size, seed, slice(process_index * share, (process_index + 1) * share)
-        )
-        return part.map(lambda rows: self._batch(rows, np))
+        part = slice(process_index * share, (process_index + 1) * share)
+        source = WindowSource(self._texts.shards(self.split), self.length)
+        arguments = (source, self.batch_size, part, seed, lambda rows: self._batch(rows, np))
+        return GrainBatches(*arguments, workers=self.workers) if self.workers else Batches(*arguments)
 
 
 @functools.cache
