@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 PARTS = 8
@@ -142,3 +143,23 @@ def lambada(model: nnx.Module, test: Any, batch: int) -> dict[str, jax.Array]:
     """`perplexity` of the last words, and `accuracy`: the share that greedy decoding writes (section 4, Table 1)."""
     scores, greedy = continuation_scores(model, test, batch)
     return {"perplexity": jnp.exp(-scores.mean()), "accuracy": greedy.mean()}
+
+
+def pairs(model: nnx.Module, test: Any, right: np.ndarray, batch: int, lengths: np.ndarray | None = None) -> float:
+    """The share of pairs of which the right text is found likelier, such as BLiMP's and PIQA's.
+
+    Args:
+      model: a `models.language_model.CausalLanguageModel`.
+      test: the texts of all pairs, the two of a pair side by side.
+      right: [pairs], 0 or 1.
+      batch: sequences at a time.
+      lengths: [2 * pairs], characters that the logarithms of probabilities are divided by (`acc_norm`); None is none.
+    """
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def score(state: nnx.State, data: Any) -> jax.Array:
+        return continuation_scores(nnx.merge(graph, state), data, batch)[0]
+
+    found = np.asarray(score(state, test)) / (1 if lengths is None else lengths)
+    return float((found.reshape(-1, 2).argmax(-1) == right).mean())

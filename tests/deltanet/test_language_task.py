@@ -41,7 +41,8 @@ def test_device_batches_are_windows_and_an_epoch_has_each_once(folder):
     tokens = task.residents()["training tokens"]
     task = make(DeviceText, folder, resident=jax.tree.map(jnp.asarray, task.residents()))
     steps = task.examples_per_epoch // BATCH
-    batches = [jax.jit(task.batch)(jax.random.key(0), jnp.int32(i)) for i in range(2 * steps)]
+    make_batch = jax.jit(task.batch)
+    batches = [jax.tree.map(np.asarray, make_batch(jax.random.key(0), jnp.int32(i))) for i in range(2 * steps)]
     text = tokens.astype(np.uint16).tobytes()
     starts = []
     for batch in batches:
