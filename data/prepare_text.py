@@ -1,14 +1,18 @@
 """Puts texts where the configs look for them, tokenised, from files that are already here. Nothing is downloaded."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data import text, token_shards, tokenizers
+from data import corpora, text, token_shards, tokenizers
 from data.scored_tests import continuations, save
 from training.errors import UserError
 
 HELD_OUT_BOOKS = ("George Eliot/Silas Marner", "Jane Austen/Persuasion", "Mark Twain/The Prince and the Pauper")
 BOOKS_VOCABULARY = 16_384
+CORPUS_VOCABULARY = 32_000
+TOKENIZER_DOCUMENTS = 100_000
+HELD_OUT_EVERY = 1000
 
 
 def books(source: Path, data: Path) -> Path:
@@ -65,9 +69,37 @@ def plain_text(source: Path, data: Path) -> Path:
     return token_shards.write(data / source.resolve().name, tokenizers.Bytes(), splits).folder
 
 
+def corpus(source: Path, data: Path) -> Path:
+    """A folder of SlimPajama's or C4's shards, see `data.corpora`, with a BPE of the paper's size."""
+    return _large(source, data / source.resolve().name, data, lambda: corpora.documents(source))
+
+
+def tfds_text(source: Path, data: Path) -> Path:
+    """A set that TFDS has prepared as `array_record` in the folder `source`, whose name is the set's."""
+    return _large(source, data / source.name, data, lambda: corpora.tfds_documents(source.name, source.parent, "train"))
+
+
+def _large(source: Path, folder: Path, data: Path, read: Callable[[], Iterator[str]]) -> Path:
+    """Tokenises a stream of documents; every `HELD_OUT_EVERY`-th is held out as `validation`.
+
+    The tokeniser is trained on the first documents for training: it need not see them all.
+    """
+    if folder.resolve() == source.resolve():
+        raise UserError(f"--data={data} would put the tokens among the texts; choose another folder")
+
+    def chosen(held_out: bool) -> Iterator[str]:
+        return (text for i, text in enumerate(read()) if (i % HELD_OUT_EVERY == 0) == held_out)
+
+    sample = list(itertools.islice(chosen(False), TOKENIZER_DOCUMENTS))
+    tokenizer = tokenizers.trained(sample, CORPUS_VOCABULARY, data / "tokenizers")
+    return token_shards.write(folder, tokenizer, {"train": chosen(False), "validation": chosen(True)}).folder
+
+
 PREPARATIONS: dict[str, Callable[[Path, Path], Path]] = {
     "books": books,
     "tiny_shakespeare": tiny_shakespeare,
     "plain_text": plain_text,
+    "corpus": corpus,
+    "tfds_text": tfds_text,
 }
 """By name: what turns a folder of files into a prepared set below the data folder, and returns where it is."""
