@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", choices=tuple(MIXERS), default=("deltanet", "softmax"), metavar="MIXER")
     parser.add_argument("--shapes", nargs="*", default=("16x2048", "8x4096", "4x8192", "2x16384"), metavar="BxT")
     parser.add_argument("--decode", nargs="*", default=("16x2048", "16x16384"), metavar="BxT", help="and context")
-    parser.add_argument("--repeats", type=int, default=5, help="dispatches of four steps that are timed")
+    parser.add_argument("--repeats", type=int, default=5, help="dispatches of two steps that are timed")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--matrix", type=int, default=8192, help="size of the product whose rate is the yardstick")
     parser.add_argument("--remat", default="activations", help="what the backward keeps, see models.language_model")

@@ -19,6 +19,7 @@ from models.language_model import CausalLanguageModel
 from models.losses import next_token_loss
 from training.config import base_config, build
 from training.loop import make_program
+from training.step import State
 
 _CHUNK = 64
 
@@ -130,16 +131,27 @@ class Step:
         self.peak_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         self.peak_bytes -= memory.alias_size_in_bytes  # the state is donated
 
-    def seconds(self, repeats: int) -> tuple[list[float], list[float]]:
-        """Seconds of an optimiser step, `repeats` means over a dispatch after two that do not count; and all losses."""
-        state = jax.jit(self._program.init)(self._program.replicas)
+    def init(self) -> State:
+        """A fresh state, which all steps of one model can use."""
+        return jax.jit(self._program.init)(self._program.replicas)
+
+    def seconds(self, state: State, repeats: int) -> tuple[list[float], list[float], State]:
+        """Trains.
+
+        Args:
+          state: to go on from; donated.
+          repeats: dispatches that are timed, after two that are not.
+
+        Returns:
+          The seconds of an optimiser step, a mean for each dispatch; all losses; and the last state.
+        """
         samples, losses = [], []
         for i in range(repeats + 2):
             begin = time.perf_counter()
             state, metrics = self._run(state, self._program.replicas, np.int32(i * self._length))
             losses += np.asarray(metrics["loss"]).tolist()
             samples.append((time.perf_counter() - begin) / self._length)
-        return samples[2:], losses
+        return samples[2:], losses, state
 
 
 class Decoder:

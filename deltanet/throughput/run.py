@@ -2,11 +2,12 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from deltanet.throughput.measure import Decoder, Shape, Step, matrix_rate, training_config
+from training.step import State
 
 Values = dict[str, Any]
 _COMPILING = 8  # threads; each program is compiled before the first is timed
@@ -18,7 +19,7 @@ def compare(
     shapes: Sequence[Shape],
     decode_shapes: Sequence[Shape],
     *,
-    steps: int = 4,
+    steps: int = 2,
     tokens: int = 64,
     repeats: int = 5,
     matrix: int = 8192,
@@ -61,22 +62,37 @@ def compare(
         "training": {},
         "decoding": {},
     }
-    for kind, compiled, measure in (("training", training, _train), ("decoding", decoding, _decode)):
-        for (mixer, shape), program in compiled.items():
-            try:
-                found = measure(program.result(), shape, repeats)
-                values["parameters"].setdefault(mixer, found.pop("parameters", None))
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                found = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-            values[kind].setdefault(mixer, {})[str(shape)] = found
-            report(f"{kind} {mixer} {shape}: {found}")
+    for mixer in mixers:
+        state = None
+        for shape in shapes:
+            found, state = _train(training[mixer, shape], state, shape, repeats)
+            values["parameters"].setdefault(mixer, found.pop("parameters", None))
+            values["training"].setdefault(mixer, {})[str(shape)] = found
+            report(f"training {mixer} {shape}: {found}")
+        state = None  # before the next model's is made
+        for shape in decode_shapes:
+            found = _decode(decoding[mixer, shape], shape, repeats)
+            values["decoding"].setdefault(mixer, {})[str(shape)] = found
+            report(f"decoding {mixer} {shape}: {found}")
     return values
 
 
-def _train(step: Step, shape: Shape, repeats: int) -> Values:
-    seconds, losses = step.seconds(repeats)
+_FAILURES = (RuntimeError, ValueError, NotImplementedError)
+
+
+def _skipped(error: Exception) -> Values:
+    return {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+
+
+def _train(compiled: Future[Step], state: State | None, shape: Shape, repeats: int) -> tuple[Values, State | None]:
+    """What a training step does, and the state after it; a failure loses the state."""
+    try:
+        step = compiled.result()
+        seconds, losses, state = step.seconds(step.init() if state is None else state, repeats)
+    except _FAILURES as error:
+        return _skipped(error), None
     median = statistics.median(seconds)
-    return {
+    found = {
         "parameters": step.parameters,
         "seconds": seconds,
         "tokens_per_second": shape.batch * shape.length / median,
@@ -85,10 +101,15 @@ def _train(step: Step, shape: Shape, repeats: int) -> Values:
         "flops_per_second": step.flops / median,
         "losses": [losses[0], losses[-1]],
     }
+    return found, state
 
 
-def _decode(decoder: Decoder, shape: Shape, repeats: int) -> Values:
-    seconds = decoder.seconds(repeats)
+def _decode(compiled: Future[Decoder], shape: Shape, repeats: int) -> Values:
+    try:
+        decoder = compiled.result()
+        seconds = decoder.seconds(repeats)
+    except _FAILURES as error:
+        return _skipped(error)
     return {
         "seconds": seconds,
         "tokens_per_second": shape.batch / statistics.median(seconds),
