@@ -159,8 +159,8 @@ def _kernel(body: Callable, name: str, layout: Layout, **options) -> Callable:
 
 
 def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep: bool):
-    """J of every chunk like `k` and L, [batch, heads, time, chunk], bfloat16; and what only the backward needs, or
-    None twice: A as a sum of two, [2, like L], and what J lost by rounding, like J.
+    """J of every chunk like `k` and L, [batch, heads, time, chunk], bfloat16; and A as a sum of two, [2, like L],
+    which only the backward needs, or None.
 
     The blocks of the diagonal of A double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves,
     one step of Newton's iteration with a residual of twice the digits removes.
@@ -176,7 +176,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
     blocks = min(_MULTIPROCESSORS, -(-total // warpgroups))
 
     def body(q_ref, k_ref, rows_ref, *refs, q_s, k_s, rows_s, m_s, x_and_a_s, loaded):
-        j_ref, l_ref, *kept_refs = refs
+        j_ref, l_ref, *inverse_ref = refs
         x_s, a_s = x_and_a_s
         w = lax.axis_index("warpgroup")
         first = lax.axis_index("blocks") * warpgroups + w
@@ -241,7 +241,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             reads = product(*split_product(p_t, a_t))
             if keep:
                 for part in range(2):
-                    plgpu.copy_smem_to_gmem(a_t[part], kept_refs[0].at[part, b, h, tokens])
+                    plgpu.copy_smem_to_gmem(a_t[part], inverse_ref[0].at[part, b, h, tokens])
             if layout.gated:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 store_split(a_t, scale_rows(inverse, _exit(rows_t, layout)))
@@ -250,21 +250,13 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             p_t[0][...] = reads.astype(_BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(p_t[0], l_ref.at[b, h, tokens])
-            if keep:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for group in range(groups):
                 writes = product(*((transposed(x), k_t.at[group]) for x in a_t))
                 plgpu.commit_smem()
-                if keep:
-                    store_split((k_t.at[group], q_t.at[group]), writes)
-                else:
-                    k_t.at[group][...] = writes.astype(_BF16)
+                k_t.at[group][...] = writes.astype(_BF16)
             plgpu.commit_smem()
             for group in range(groups):
-                columns = pl.ds(group * 64, 64)
-                plgpu.copy_smem_to_gmem(k_t.at[group], j_ref.at[b, tokens, h, columns])
-                if keep:
-                    plgpu.copy_smem_to_gmem(q_t.at[group], kept_refs[1].at[b, tokens, h, columns])
+                plgpu.copy_smem_to_gmem(k_t.at[group], j_ref.at[b, tokens, h, pl.ds(group * 64, 64)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.loop(0, -(-total // (blocks * warpgroups)))
@@ -276,7 +268,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
 
     l_shape = (layout.batch, layout.heads, layout.time, CHUNK)
     shapes = [jax.ShapeDtypeStruct(k.shape, _BF16), jax.ShapeDtypeStruct(l_shape, _BF16)]
-    shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16), shapes[0]] * keep
+    shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16)] * keep
     results = _kernel(
         body,
         "prepare",
@@ -298,7 +290,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             "loaded": plgpu.Barrier(num_arrivals=2 * groups + layout.rows, num_barriers=warpgroups),
         },
     )(q, k, rows)
-    return (*results, None, None)[:4]
+    return (*results, None)[:3]
 
 
 # Kernels 2 and 3: the sweeps.
@@ -544,33 +536,47 @@ def _states(k, v, writers, inverse, rows, state, layout: Layout):
     )(k, writers, v, inverse, rows, state)
 
 
-def _reverse(q, k, d_output, writers, rests, readers, rows, d_final, layout: Layout):
+def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
     """The chunks in reverse order: the gradient of the state after each chunk, R like the values, and the gradient of
     the initial state.
     """
     wg = layout.warpgroups
     state_shape = jax.ShapeDtypeStruct(d_final.shape, _F32)
     after_shape = jax.ShapeDtypeStruct((*d_final.shape[:2], layout.chunks, *d_final.shape[2:]), _BF16)
-    stages = _stages(layout, 4, 1, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
+    groups = layout.dim // CHUNK
+    stages = _stages(layout, 3, 1, 2 * wg * COLUMNS * (layout.dim + (1 + max(groups, 2)) * CHUNK))
 
-    def body(*refs, d_state_s, r_s, leaving_s, **slots):
+    def body(*refs, d_state_s, r_s, low_s, **slots):
         *key_refs, d_output_ref, readers_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         full, empty = slots["full"], slots["empty"]
 
         def compute(w):
             columns = _columns(layout, w)
-            d_state_t, r_t, leaving_t = d_state_s.at[w], r_s.at[w], parts_of(leaving_s.at[w])
+            d_state_t, r_t = d_state_s.at[w], r_s.at[w]
+            # What the state's gradient loses by rounding; while the next is made, what leaves it, split.
+            low_t = [low_s.at[w, group] for group in range(groups)]
+            leaving_t = parts_of(low_s.at[w])
+
+            def store(d_state):
+                high = d_state.astype(_BF16)
+                d_state_t[...] = high
+                low = (d_state - high.astype(_F32)).astype(_BF16)
+                for group in range(groups):
+                    low_t[group][...] = lax.slice(low, (group * CHUNK, 0), ((group + 1) * CHUNK, COLUMNS))
+                plgpu.commit_smem()
 
             def step(i, d_state):
                 slot, n = lax.rem(i, jnp.int32(stages)), layout.chunks - 1 - i
-                query_t, key_t, writer_t, rest_t = (s.at[slot] for s in slots["keys_s"])
+                query_t, key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
                 reader_t, rows_t = slots["squares_s"][0].at[slot], slots["rows_s"].at[slot]
                 d_output_t = slots["value_s"].at[slot, w]
                 plgpu.barrier_wait(full.at[slot])
 
                 def main(found, updated):
-                    issue(found, (writer_t, d_state_t), (rest_t, d_state_t), (transposed(reader_t), d_output_t))
+                    issue(found, (writer_t, d_state_t), (transposed(reader_t), d_output_t))
+                    for group in range(groups):
+                        issue(found, (writer_t.at[:, pl.ds(group * CHUNK, CHUNK)], low_t[group]))
                     scaled, after = load(d_output_t) * layout.scale, d_state
                     if layout.gated:
                         scaled = scale_rows(scaled, _entry(rows_t, layout))
@@ -589,8 +595,8 @@ def _reverse(q, k, d_output, writers, rests, readers, rows, d_final, layout: Lay
                     before.issue((transposed(query_t), d_output_t), *((transposed(key_t), x) for x in leaving_t))
                     plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
                     d_new = before.load(0)
-                    d_state_t[...] = d_new.astype(_BF16)
                     plgpu.commit_smem()
+                    store(d_new)
                     return d_new
 
                 d_state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS))
@@ -603,8 +609,7 @@ def _reverse(q, k, d_output, writers, rests, readers, rows, d_final, layout: Lay
                 return d_state
 
             d_final = plgpu.load(d_final_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
-            d_state_t[...] = d_final.astype(_BF16)
-            plgpu.commit_smem()
+            store(d_final)
             plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, layout.chunks - 1, :, columns])
             d_initial_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, d_final)
             plgpu.wait_smem_to_gmem(0)
@@ -620,11 +625,11 @@ def _reverse(q, k, d_output, writers, rests, readers, rows, d_final, layout: Lay
         scratch_types={
             "d_state_s": tile(wg, layout.dim, COLUMNS),
             "r_s": tile(wg, CHUNK, COLUMNS),
-            "leaving_s": tile(wg, 2, CHUNK, COLUMNS),
-            **_slots(layout, stages, 4, 1),
+            "low_s": tile(wg, max(groups, 2), CHUNK, COLUMNS),
+            **_slots(layout, stages, 3, 1),
         },
         **_sweep_options(layout),
-    )(q, k, writers, rests, d_output, readers, rows, d_final)
+    )(q, k, writers, d_output, readers, rows, d_final)
 
 
 # Kernel 4: the gradients of a chunk.
@@ -822,12 +827,12 @@ def _forward(q, k, v, beta, g, starts, state, scale, interpret, *, keep=True):
 
 
 def _backward(scale, interpret, residuals, cotangents):
-    q, k, v, beta, g, starts, state, (writers, readers, inverse, rests) = residuals
+    q, k, v, beta, g, starts, state, (writers, readers, inverse) = residuals
     rows = _rows(beta, g, starts)
     layout = layout_of(q, v, rows, scale, interpret)
     d_output = cotangents[0].astype(_BF16)
     before, pseudo = _states(k, v, writers, inverse, rows, state.astype(_F32), layout)
-    after, r, d_state = _reverse(q, k, d_output, writers, rests, readers, rows, cotangents[1].astype(_F32), layout)
+    after, r, d_state = _reverse(q, k, d_output, writers, readers, rows, cotangents[1].astype(_F32), layout)
     d_q, d_k, d_v, parts = _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout)
     d_beta = jnp.swapaxes(parts[:, 0].sum(0), 1, 2).astype(beta.dtype)
     d_g = None if g is None else _d_log_decay(parts, rows, layout).astype(g.dtype)
