@@ -64,7 +64,10 @@ def _fuzzy_recall(rng: np.random.Generator, count: int, training: bool, vocabula
     labels = np.full((count, length), IGNORE, np.int16)
     for row in range(count):
         motifs = [
-            [tuple(low + order[:size]) for order, size in zip(rng.random((pairs + 1, half)).argsort(1), sizes, strict=True)]
+            [
+                tuple(low + order[:size])
+                for order, size in zip(rng.random((pairs + 1, half)).argsort(1), sizes, strict=True)
+            ]
             for low, sizes in ((0, key_sizes[row]), (half, value_sizes[row]))
         ]
         sequence, is_value = _fuzzy_sequence(rng, length, list(zip(*motifs, strict=True)))

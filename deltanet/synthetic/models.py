@@ -37,7 +37,9 @@ MIXERS: dict[str, Callable[[int], Spec]] = {
 of 16."""
 
 
-def mqar_model(mixer: str, width: int, *, heads: int = 2, length: int, dtype: str, rngs: nnx.Rngs, vocabulary_size: int):
+def mqar_model(
+    mixer: str, width: int, *, heads: int = 2, length: int, dtype: str, rngs: nnx.Rngs, vocabulary_size: int
+):
     """Zoology's model: two mixers without MLPs, layer norms, a tied head, dropout of the embedded tokens.
 
     Softmax attention has one head and a learned position embedding instead of the rotary one; others have neither.
@@ -98,7 +100,13 @@ def position_code(time: int, width: int) -> jax.Array:
 
 
 def mad_model(
-    mixer: str, *, heads: int = 1, width: int = 128, autoencoder: bool = False, dtype: str, rngs: nnx.Rngs,
+    mixer: str,
+    *,
+    heads: int = 1,
+    width: int = 128,
+    autoencoder: bool = False,
+    dtype: str,
+    rngs: nnx.Rngs,
     vocabulary_size: int,
 ):
     """MAD's model: mixer, SwiGLU, mixer, SwiGLU, with root mean square norms and a head of its own.
