@@ -42,7 +42,7 @@ def encoded(name: str, data_dir: str | Path, split: str) -> Encoded:
     Raises:
       UserError: the set was not prepared there, or not as `array_record`, or has no such split.
     """
-    builder = _builder(name, data_dir)
+    builder = prepared(name, data_dir)
     if split not in builder.info.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
     decoders = {"image": _skip_decoding()}
@@ -205,7 +205,12 @@ def evaluation_images(source: Sequence[Example], size: int, count: int) -> tuple
     return images, labels
 
 
-def _builder(name: str, data_dir: str | Path) -> Any:
+def prepared(name: str, data_dir: str | Path) -> Any:
+    """TFDS's builder of a set that was prepared as `array_record`.
+
+    Raises:
+      UserError: it was not prepared there, or in another format.
+    """
     tfds = _needed("tensorflow_datasets", "tensorflow-datasets")
     command = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
     if not (Path(data_dir) / name.partition("/")[0].partition(":")[0]).is_dir():

@@ -2,6 +2,7 @@
 
   python scripts/prepare_data.py --list
   python scripts/prepare_data.py eurosat --source=~/downloads/eurosat
+  python scripts/prepare_data.py books --source=~/downloads      the folders classic_books, wikitext-2, lambada
   python scripts/prepare_data.py tfds_fashion_mnist --source=~/downloads/fashion_mnist     needs TensorFlow
 
 Files are checked against their publishers' checksums first; one that is missing is named, with where to get it.
@@ -14,11 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import prepare_images  # noqa: E402
+from data import prepare_images, prepare_text  # noqa: E402
 from training.errors import UserError, nearest  # noqa: E402
 
 PREPARATIONS = {
     **prepare_images.PREPARATIONS,
+    **prepare_text.PREPARATIONS,
 }
 
 

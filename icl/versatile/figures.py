@@ -9,6 +9,7 @@ from icl import plotting
 from icl.versatile.paper import problem_name
 
 MODELS = {"gdpp": ("GD++", "tab:green"), "diagonal": ("Diag", "tab:orange"), "full": ("Full", "tab:blue")}
+_TOP = 10.0
 BASELINES = {"ConstRR": "0.6", "AdaRR": "0.35", "TunedRR": "0.0"}
 
 
@@ -18,13 +19,19 @@ def _baseline_levels(axes: Any, baselines: dict[str, Any]) -> None:
 
 
 def table1(values: dict[str, Any], path: Path, problems: tuple[str, ...] | None = None) -> None:
-    """Figure 1 (and the top left of figure 3): adjusted loss by depth, a panel for each noise problem."""
+    """Figure 1 (and the top left of figure 3): adjusted loss by depth, a panel for each noise problem.
+
+    Dotted: without the largest 0.1 % of the prompts' losses. What is above `_TOP`, or not finite, is drawn there.
+    """
     shown = [p for p in values["problems"] if problems is None or p in problems]
     drawn, axes = plotting.figure(min(len(shown), 5), -(-len(shown) // 5))
     for ax, problem in zip(axes.flat, shown, strict=False):
         for form, (label, color) in MODELS.items():
             cells = [c for c in values["cells"] if c["form"] == form and c["problem"] == problem]
-            ax.plot([c["layers"] for c in cells], [c["best"] for c in cells], "o-", color=color, label=label, ms=4)
+            layers = [c["layers"] for c in cells]
+            for key, style in (("best", "o-"), ("trimmed", ":")):
+                loss = np.minimum([c[key] for c in cells], _TOP)
+                ax.plot(layers, loss, style, color=color, label=label if key == "best" else None, ms=4)
         _baseline_levels(ax, values["baselines"][problem])
         ax.set(title=problem_name(problem), xlabel="layers", yscale="log")
     for ax in axes.flat[len(shown) :]:

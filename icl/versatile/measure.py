@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from icl.linear_attention import prediction_weights
 from icl.versatile.baselines import Spectral, Tuned, baseline_losses, oracle_losses, spectral, tune
 from icl.versatile.data import Sequences, interval_table, sample_sequences
-from icl.versatile.task import half_errors
 from icl.versatile.theory import diagonal_views
 
 EXAMPLES, DIMENSION = 20, 10
 
 TUNING_SEED, TEST_SEED = 31, 32
 _CHUNK = 2**11
+_DEEPEST = 7  # layers of the paper's deepest models
 
 
 def _keys(seed: int, count: int) -> jax.Array:
@@ -79,19 +80,16 @@ def _oracle(problem: str, seed: int, count: int) -> np.ndarray:
         return np.asarray(oracle_losses(prompts_of(problem, seed, count)))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "readouts"))
-def _losses(
-    graphdef: nnx.GraphDef, states: Any, keys: jax.Array, intervals: jax.Array, readouts: tuple[int, ...]
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="readouts")
+def _losses(p: jax.Array, q: jax.Array, keys: jax.Array, intervals: jax.Array, readouts: tuple[int, ...]) -> jax.Array:
     def on_chunk(key: jax.Array) -> jax.Array:
-        sequences = _chunk(key, intervals)
+        prompts = _chunk(key, intervals)
 
-        def one(state: Any) -> jax.Array:
-            model = nnx.merge(graphdef, state)
-            untrained = 0.5 * jnp.square(sequences.w).sum(0)
-            return jnp.stack([half_errors(model, sequences, k) if k else untrained for k in readouts])
+        def one(p: jax.Array, q: jax.Array) -> jax.Array:
+            w = [prediction_weights(prompts.gram, p[:k], q[:k])[:-1] if k else 0.0 for k in readouts]
+            return jnp.stack([0.5 * jnp.square(each - prompts.w).sum(0) for each in w])
 
-        return jax.vmap(one)(states)
+        return jax.vmap(one)(p, q)
 
     return jnp.moveaxis(jax.lax.map(on_chunk, keys), 0, -2)
 
@@ -112,12 +110,26 @@ def adjusted_errors(
       [models, readouts, prompts], float64.
     """
     with jax.enable_x64(True):
-        graphdef = nnx.graphdef(models[0])
-        states = [jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.state(model)) for model in models]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+        p, q = (np.stack(each) for each in zip(*map(_matrices, models), strict=True))
+        if tuple(readouts) == (p.shape[1],):  # one program, which is slow to compile, then serves all depths
+            p, q, readouts = _deepened(p), _deepened(q), (max(_DEEPEST, p.shape[1]),)
         intervals = jnp.asarray(interval_table([problem])[0], jnp.float64)
-        losses = _losses(graphdef, stacked, _keys(seed, count), intervals, tuple(readouts))
+        losses = _losses(p, q, _keys(seed, count), intervals, tuple(readouts))
         return np.asarray(losses).reshape(*losses.shape[:2], -1) - _oracle(problem, seed, count)
+
+
+def _matrices(model: nnx.Module) -> tuple[np.ndarray, np.ndarray]:
+    """P and Q of all layers, or their diagonals, float64."""
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: np.asarray(x, np.float64), state))
+    p, q = model.matrices() if hasattr(model, "matrices") else (model.p[...], model.q[...])
+    return np.asarray(p), np.asarray(q)
+
+
+def _deepened(matrices: np.ndarray) -> np.ndarray:
+    """The matrices of [models, layers, ...] with layers in front that change nothing, `_DEEPEST` in all."""
+    missing = max(_DEEPEST - matrices.shape[1], 0)
+    return np.pad(matrices, [(0, 0), (missing, 0), *[(0, 0)] * (matrices.ndim - 2)])
 
 
 def summarize(errors: np.ndarray) -> dict[str, float]:

@@ -1,22 +1,28 @@
 """The public function: arguments, checks, and the choice of a form."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lion.attention import block, pallas_gpu, pallas_tpu
 from lion.attention.chunked import chunked
-from lion.attention.decay import DIRECTIONS, accumulator, divide
+from lion.attention.decay import DIRECTIONS, Cumulative, accumulator, divide, scan_sums
 from lion.attention.full import full, full_over_scans
 from lion.attention.recurrent import recurrent
 from lion.attention.two_sided import two_sided
 
 FORMS = ("full", "recurrent", "chunked", "two_sided")
-IMPLEMENTATIONS = ("xla",)
 FULL_UP_TO = 256  # tokens
 TWO_SIDED_CHUNK = 64
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+
+_log = logging.getLogger(__name__)
 
 Decay = jax.Array | Sequence[jax.Array] | None
 
@@ -33,7 +39,7 @@ def lion_attention(
     direction: str = "both",
     form: str | None = None,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Linear attention in both directions, `SCALE(Q K^T * M) V` (Eq. 8), with the key-side decays of Eq. 9.
 
@@ -59,11 +65,12 @@ def lion_attention(
         itself and what comes after.
       form: "full" (Eq. 8; time^2 work and memory), "recurrent" (Theorem 3.1; one step a token, for inference),
         "chunked" (Theorem 3.2, the paper's: time^2 work, time x chunk memory) or "two_sided" (chunks with a state from
-        either side: work linear in time). None is "two_sided", but "full" for scalar
-        decays, at most `FULL_UP_TO` tokens and no `chunk_size`.
-      chunk_size: of the two chunk forms; by default an eighth of the time for "chunked", `TWO_SIDED_CHUNK` for
-        "two_sided".
-      implementation: "xla" or None.
+        either side: work linear in time). None is the faster of the last and "full": XLA takes "full" for scalar decays
+        and at most `FULL_UP_TO` tokens, the kernels for what fits on a chip; a `chunk_size` asks for "two_sided".
+      chunk_size: of the two chunk forms; by default an eighth of the time for "chunked", and for "two_sided"
+        `TWO_SIDED_CHUNK` in XLA and what fits on a chip in kernels.
+      implementation: "pallas_gpu" (Hopper), "pallas_tpu" or "xla"; a sequence of them, of which the first that serves
+        here runs; or None for the fastest that serves.
 
     Returns:
       `[batch, time, heads, value_dim]` in the dtype of `q`.
@@ -71,6 +78,7 @@ def lion_attention(
     Raises:
       TypeError: dtypes that do not fit.
       ValueError: shapes that do not fit, or an option that does not exist.
+      NotImplementedError: no implementation that was asked for serves these arguments on this machine.
     """
     decays = _check(q, k, v, log_decay, padding_mask, orders, direction, form, chunk_size, implementation)
     acc = accumulator(q.dtype)
@@ -78,29 +86,154 @@ def lion_attention(
     if padding_mask is not None:
         keep = padding_mask[..., None, None]
         q, k, v = (jnp.where(keep, x, 0) for x in (q, k, v))
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    form = form or ("two_sided" if chunk_size else _choose(q.shape[2], decays))
-    places = [np.arange(q.shape[2])] if orders is None else [np.asarray(order) for order in orders]
-    if form == "full" and len(places) > 1 and all(a is not None and a.shape[-1] == 1 for a in decays):
-        positions = tuple(jnp.asarray(np.argsort(order)) for order in places)
-        in_time = tuple(jnp.broadcast_to(a, (*a.shape[:2], q.shape[2], 1)) for a in decays)
-        numerator, row_sum = full_over_scans(q, k, v, in_time, positions, direction)
-    else:
-        scans = zip(decays, places, strict=True)
-        parts = [_one_scan(q, k, v, a, order, direction, form, chunk_size) for a, order in scans]
-        numerator, row_sum = (sum(x) / len(parts) for x in zip(*parts, strict=True))
-    if normalize:
-        if padding_mask is not None:
-            row_sum = jnp.where(padding_mask[:, None], row_sum, 1)  # a padded query's numerator is zero
-        numerator = divide(numerator, row_sum, q.dtype)
-    return jnp.moveaxis(numerator, 1, 2).astype(q.dtype)
+    places = [np.arange(q.shape[1])] if orders is None else [np.asarray(order) for order in orders]
+    problem = _Problem(q, k, v, decays, places, direction, normalize, padding_mask, form, chunk_size)
+    return _choose(problem, implementation)(problem).astype(q.dtype)
 
 
-def _choose(time: int, decays: list[jax.Array | None]) -> str:
-    """The form that is used where the caller names none."""
-    plain = all(a is None for a in decays)
-    diagonal = any(a is not None and a.shape[-1] > 1 for a in decays)
-    return "two_sided" if plain or diagonal or time > FULL_UP_TO else "full"
+class _Problem(NamedTuple):
+    """The arguments after the checks; padded tokens are zero."""
+
+    q: jax.Array  # as k and v with time before heads
+    k: jax.Array
+    v: jax.Array
+    decays: list[jax.Array | None]  # of each scan, [batch or 1, heads, time or 1, dim or 1]
+    orders: list[np.ndarray]  # of each scan
+    direction: str
+    normalize: bool
+    padding_mask: jax.Array | None
+    form: str | None
+    chunk_size: int | None
+
+    @property
+    def time(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def diagonal(self) -> bool:
+        return any(a is not None and a.shape[-1] > 1 for a in self.decays)
+
+    @property
+    def plain(self) -> bool:
+        return all(a is None for a in self.decays)
+
+    def in_time(self) -> list[jax.Array]:
+        """The decays of the scans with a whole time axis; none where no scan has one."""
+        if self.plain:
+            return []
+        none = jnp.zeros((1, 1, 1, 1), accumulator(self.q.dtype))
+        decays = [none if a is None else a for a in self.decays]
+        return [jnp.broadcast_to(a, (*a.shape[:2], self.time, a.shape[-1])) for a in decays]
+
+
+def _run_xla(problem: _Problem) -> jax.Array:
+    form = problem.form or ("two_sided" if problem.chunk_size or _prefers_chunks(problem) else "full")
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in problem[:3])
+    if form == "full" and len(problem.orders) > 1 and not problem.plain and not problem.diagonal:
+        positions = tuple(jnp.asarray(np.argsort(order)) for order in problem.orders)
+        parts = full_over_scans(q, k, v, tuple(problem.in_time()), positions, problem.direction)
+        return _finish(problem, *parts)
+    chunk = problem.chunk_size or (max(1, -(-problem.time // 8)) if form == "chunked" else TWO_SIDED_CHUNK)
+    return _over_scans(problem, q, k, v, form, chunk, block.within)
+
+
+def _prefers_chunks(problem: _Problem) -> bool:
+    """Whether XLA is faster with chunks than with the full form."""
+    return problem.plain or problem.diagonal or problem.time > FULL_UP_TO
+
+
+def run_kernels(module: ModuleType, problem: _Problem, interpret: Any = False) -> jax.Array:
+    """Runs `pallas_gpu` or `pallas_tpu`; `interpret` is what they take to run without the device."""
+    if _kernel_form(module, problem) == "full":
+        positions = [np.argsort(order) for order in problem.orders]
+        sums = [scan_sums(a, position) for a, position in zip(problem.in_time(), positions, strict=not problem.plain)]
+        result = module.attention(
+            *problem[:3], sums, positions, problem.direction, normalize=problem.normalize, interpret=interpret
+        )
+        return result if problem.normalize else result[0]
+
+    def within(q: jax.Array, k: jax.Array, v: jax.Array, sums: Cumulative, direction: str) -> tuple:
+        outer, time = q.shape[:3], q.shape[3]
+        sums = jax.tree.map(lambda x: jnp.broadcast_to(x, (*outer, time, 1)).reshape(-1, 1, time, 1), sums)
+        q, k, v = (x.reshape(-1, time, 1, x.shape[-1]) for x in (q, k, v))
+        one = [np.arange(time)]
+        parts = module.attention(q, k, v, [sums], one, direction, normalize=False, interpret=interpret)
+        return tuple(x.reshape(*outer, time, *shape) for x, shape in zip(parts, ((v.shape[-1],), ()), strict=True))
+
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in problem[:3])
+    return _over_scans(problem, q, k, v, "two_sided", _kernel_chunk(module, problem), within)
+
+
+def _kernel_form(module: ModuleType, problem: _Problem) -> str:
+    return problem.form or ("two_sided" if problem.chunk_size or problem.time > module.TIME else "full")
+
+
+def _kernel_chunk(module: ModuleType, problem: _Problem) -> int:
+    """Tokens of a chunk: the fewest chunks that the kernels hold, of equal lengths and whole groups of 8 tokens."""
+    count = -(-problem.time // module.TIME)
+    return problem.chunk_size or -(-problem.time // (8 * count)) * 8
+
+
+def _over_scans(
+    problem: _Problem, q: jax.Array, k: jax.Array, v: jax.Array, form: str, chunk_size: int, within: Callable
+) -> jax.Array:
+    """The output from scans that are computed one by one, for q, k and v with heads before time."""
+    scans = zip(problem.decays, problem.orders, strict=True)
+    parts = [_one_scan(q, k, v, a, order, problem.direction, form, chunk_size, within) for a, order in scans]
+    return _finish(problem, *(sum(x) / len(parts) for x in zip(*parts, strict=True)))
+
+
+def _finish(problem: _Problem, numerator: jax.Array, row_sum: jax.Array) -> jax.Array:
+    """`[batch, time, heads, value_dim]` from numerators `[batch, heads, time, value_dim]` and row sums."""
+    if problem.normalize:
+        if problem.padding_mask is not None:
+            row_sum = jnp.where(problem.padding_mask[:, None], row_sum, 1)  # a padded query's numerator is zero
+        numerator = divide(numerator, row_sum, problem.q.dtype)
+    return jnp.moveaxis(numerator, 1, 2)
+
+
+def _refusal(module: ModuleType, problem: _Problem) -> str | None:
+    if problem.diagonal:
+        return "the kernels have no diagonal decays, whose masks are one for each channel"
+    if problem.form not in (None, "full", "two_sided"):
+        return f"the kernels have the forms 'full' and 'two_sided', not {problem.form!r}"
+    full = _kernel_form(module, problem) == "full"
+    if problem.form is None and not full and problem.plain and problem.direction == "both":
+        return "long sequences without decay are two products of matrices, which XLA has"
+    time = problem.time if full else _kernel_chunk(module, problem)
+    return module.refusal(problem.q.dtype, time, problem.q.shape[-1], problem.v.shape[-1])
+
+
+def _serves(problem: _Problem) -> None:
+    """The refusal of an implementation that serves everything."""
+
+
+IMPLEMENTATIONS = {
+    "pallas_gpu": (partial(_refusal, pallas_gpu), partial(run_kernels, pallas_gpu)),
+    "pallas_tpu": (partial(_refusal, pallas_tpu), partial(run_kernels, pallas_tpu)),
+    "xla": (_serves, _run_xla),
+}
+"""Best first."""
+
+
+def _choose(problem: _Problem, implementation: str | Sequence[str] | None) -> Callable[[_Problem], jax.Array]:
+    """The first implementation that serves; the log says why others do not."""
+    reasons = []
+    for name in _names(implementation):
+        refusal, run = IMPLEMENTATIONS[name]
+        if (reason := refusal(problem)) is None:
+            _log.debug("lion_attention runs %s; %s", name, "; ".join(reasons) or "it is the first choice")
+            return run
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(
+        f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}"
+    )
+
+
+def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    if implementation is None:
+        return tuple(IMPLEMENTATIONS)
+    return (implementation,) if isinstance(implementation, str) else tuple(implementation)
 
 
 def _one_scan(
@@ -111,7 +244,8 @@ def _one_scan(
     order: np.ndarray,
     direction: str,
     form: str,
-    chunk_size: int | None,
+    chunk_size: int,
+    within: Callable,
 ) -> tuple[jax.Array, jax.Array]:
     """Numerators `[batch, heads, time, value_dim]` and row sums `[batch, heads, time]` of one scan."""
     time = q.shape[2]
@@ -126,9 +260,9 @@ def _one_scan(
     elif form == "recurrent":
         result = recurrent(q, k, v, log_decay, direction)
     elif form == "chunked":
-        result = chunked(q, k, v, log_decay, direction, chunk_size or max(1, -(-time // 8)))
+        result = chunked(q, k, v, log_decay, direction, chunk_size)
     else:
-        result = two_sided(q, k, v, log_decay, direction, chunk_size or TWO_SIDED_CHUNK)
+        result = two_sided(q, k, v, log_decay, direction, chunk_size, within)
     if ordered:
         return result
     inverse = np.argsort(order)
@@ -157,7 +291,7 @@ def _check(
     direction: str,
     form: str | None,
     chunk_size: int | None,
-    implementation: str | None,
+    implementation: str | Sequence[str] | None,
 ) -> list[jax.Array | None]:
     """Raises what `lion_attention` says it raises; the log-decay of each scan."""
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or not q.shape[1]:
@@ -171,7 +305,8 @@ def _check(
         )
     _choice("direction", direction, DIRECTIONS)
     _choice("form", form, (None, *FORMS))
-    _choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+    for name in _names(implementation):
+        _choice("implementation", name, tuple(IMPLEMENTATIONS))
     if chunk_size is not None and (chunk_size < 1 or form not in (None, "chunked", "two_sided")):
         raise ValueError(
             f"chunk_size is a positive number for the forms 'chunked' and 'two_sided'; got {chunk_size} for {form!r}"

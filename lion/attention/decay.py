@@ -4,13 +4,16 @@ With `a_t <= 0` the log-decays and `c_t = a_1 + ... + a_t`, the mask is `exp(c_{
 `exp(c_j - c_i)` above it. `before` below is `c_{t-1}` and `through` is `c_t`.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DIRECTIONS = ("both", "forward", "backward")
+NEVER = 2.0**14  # minus this is the logarithm of a decay that leaves nothing; its multiples are exact
 
 
 class Sum(NamedTuple):
@@ -47,6 +50,48 @@ def cumulative(log_decay: jax.Array) -> Cumulative:
     fine = log_decay - coarse
     through = Sum(jnp.cumsum(coarse, -2), jnp.cumsum(fine, -2))
     return Cumulative(Sum(through.coarse - coarse, through.fine - fine), through)
+
+
+def scan_sums(log_decay: jax.Array, position: jax.Array) -> Cumulative:
+    """Running sums in the order of a scan, given back in the order of the tokens.
+
+    Args:
+      log_decay: `[batch or 1, heads or 1, time, dim or 1]`, in the order of the tokens.
+      position: the place of each token in the scan, `[time]`; a NumPy array in their own order costs nothing.
+    """
+    if isinstance(position, np.ndarray) and np.array_equal(position, np.arange(len(position))):
+        return cumulative(log_decay)
+    order = jnp.argsort(position)
+    return jax.tree.map(lambda x: x[:, :, position], cumulative(log_decay[:, :, order]))
+
+
+def one_sided_min(
+    scans: Sequence[Cumulative], positions: Sequence[np.ndarray], direction: str, heads: int
+) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    """`before` and `through` of each scan, with which a mask is `exp(min(before_i - before_j, through_j - through_i))`.
+
+    Of the two differences one is that of Eq. 9, and the other is not negative (DERIVATION.md, section 7). With one
+    direction, the sum that the other side would use falls by `NEVER` from token to token instead.
+
+    Args:
+      scans: cumulative scalar log-decays, `[batch or 1, heads or 1, time, 1]`; none for no decay.
+      positions: the places of the tokens in each scan, `[time]`; one at least.
+      direction: "both", "forward" or "backward".
+      heads: how many.
+
+    Returns:
+      Two arrays `[batch or 1, heads, scans, time]` in float32; None where the mask is 1 everywhere.
+    """
+    if not scans and direction == "both":
+        return None, None
+    if scans:
+        before, through = (jnp.stack([s[x].value()[..., 0] for s in scans], 2) for x in (0, 1))
+    else:
+        before = through = jnp.zeros((1, heads, len(positions), len(positions[0])), jnp.float32)
+    shape = (before.shape[0], heads, *before.shape[2:])
+    before, through = (jnp.broadcast_to(x, shape).astype(jnp.float32) for x in (before, through))
+    never = jnp.broadcast_to(NEVER * np.stack(positions).astype(np.float32), shape)
+    return (never if direction == "backward" else before), (-never if direction == "forward" else through)
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:

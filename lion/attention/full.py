@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lion.attention.block import within
-from lion.attention.decay import Cumulative, Sum, accumulator, cumulative, dot, mask, rounded, triangles
+from lion.attention.decay import Cumulative, Sum, accumulator, cumulative, dot, mask, rounded, scan_sums, triangles
 
 Decays = tuple[jax.Array, ...]
 
@@ -83,16 +83,10 @@ def _backward(direction, residuals, cotangents):
 full_over_scans.defvjp(_forward, _backward)
 
 
-def _sums(log_decay: jax.Array, position: jax.Array) -> Cumulative:
-    """Running sums in the order of a scan, given back in the order of the tokens."""
-    order = jnp.argsort(position)
-    return jax.tree.map(lambda x: x[:, :, position], cumulative(log_decay[:, :, order]))
-
-
 def _masks(log_decays: Decays, positions: tuple[jax.Array, ...], direction: str) -> list[jax.Array]:
     masks = []
     for log_decay, position in zip(log_decays, positions, strict=True):
-        sums = _sums(log_decay, position)
+        sums = scan_sums(log_decay, position)
         masks.append(mask(sums, sums, position, position, direction))
     return masks
 
@@ -105,7 +99,7 @@ def _decay_gradient(log_decay: jax.Array, position: jax.Array, d_exponent: jax.A
     below, above = jnp.where(below, d_exponent, 0), jnp.where(above, d_exponent, 0)
     d_before = (below.sum(-1) - below.sum(-2))[..., None]
     d_through = (above.sum(-2) - above.sum(-1))[..., None]
-    _, pull = jax.vjp(lambda a: _sums(a, position), log_decay)
+    _, pull = jax.vjp(lambda a: scan_sums(a, position), log_decay)
     zeros = jnp.zeros_like(d_before)
     # Only the fine parts of the sums depend on the log-decays.
     return pull(Cumulative(Sum(zeros, d_before), Sum(zeros, d_through)))[0]

@@ -5,6 +5,8 @@ those of all later chunks from a state that comes from the right (DERIVATION.md,
 so that there is no half diagonal to take off, and every exponent is at most zero.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,9 +15,18 @@ from lion.attention.decay import accumulator, cumulative, dot
 
 
 def two_sided(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, direction: str, chunk_size: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    direction: str,
+    chunk_size: int,
+    within: Callable = within,
 ) -> tuple[jax.Array, jax.Array]:
-    """Numerators and row sums; other arguments and results as in `lion.attention.full.full`."""
+    """Numerators and row sums; other arguments and results as in `lion.attention.full.full`.
+
+    `within` computes the attention inside chunks, as `lion.attention.block.within` does.
+    """
     time, acc = q.shape[2], accumulator(q.dtype)
     if log_decay is None:
         if direction == "both":

@@ -1,9 +1,12 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data import augment
 
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (64, 8, 6, 3))
 
@@ -29,7 +32,8 @@ def test_jitter_of_no_strength_changes_nothing():
 
 def test_erase_fills_one_rectangle_inside_some_images():
     x = jnp.zeros((400, 32, 24, 1))
-    erased = np.asarray(jax.jit(augment.erase)(KEY, x, 0.25) != 0)[..., 0]
+    run = jax.jit(augment.erase, compiler_options=FAST_COMPILE)
+    erased = np.asarray(run(KEY, x, 0.25) != 0)[..., 0]
     share = erased.mean((1, 2))
     assert 70 < (share > 0).sum() < 130
     assert share[share > 0].min() > 0.01
@@ -38,13 +42,13 @@ def test_erase_fills_one_rectangle_inside_some_images():
         rows, columns = np.flatnonzero(one.any(1)), np.flatnonzero(one.any(0))
         assert one[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
         assert 0.2 < len(columns) / len(rows) < 5
-    assert not np.asarray(augment.erase(KEY, x, 0.0)).any()
+    assert not np.asarray(run(KEY, x, 0.0)).any()
 
 
 def test_a_resized_crop_is_a_part_of_the_image():
     y, x = np.mgrid[:24, :32].astype(np.float32)
     ramps = jnp.asarray(np.stack([8 * x, 8 * y], -1)).repeat(50, 0).reshape(24, 50, 32, 2).transpose(1, 0, 2, 3)
-    got = np.asarray(jax.jit(augment.resized_crop, static_argnums=2)(KEY, ramps, 0.08))
+    got = np.asarray(jax.jit(augment.resized_crop, static_argnums=2, compiler_options=FAST_COMPILE)(KEY, ramps, 0.08))
     assert got.shape == ramps.shape
     across = (got[:, 12, 24, 0] - got[:, 12, 8, 0]) / 16 / 8  # a crop stretches: the slope is its share of the width
     down = (got[:, 18, 16, 1] - got[:, 6, 16, 1]) / 12 / 8
@@ -69,7 +73,11 @@ def test_deits_recipe_gives_probabilities_and_images_of_every_kind():
     recipe = augment.Recipe(resized_crop=0.08, rand_layers=2)
     images = jax.random.randint(KEY, (16, 16, 16, 3), 0, 256).astype(jnp.uint8)
     moments = augment.Moments(jnp.full(3, 128.0), jnp.full(3, 64.0))
-    run = jax.jit(lambda key: recipe.apply(key, images, jnp.arange(16) % 4, 4, moments, jnp.bfloat16))
+
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(key):
+        return recipe.apply(key, images, jnp.arange(16) % 4, 4, moments, jnp.bfloat16)
+
     got, targets = run(KEY)
     assert got.shape == images.shape
     assert got.dtype == jnp.bfloat16
@@ -81,7 +89,7 @@ def test_deits_recipe_gives_probabilities_and_images_of_every_kind():
 
 def test_mix():
     targets = jax.nn.one_hot(jnp.arange(64), 64)
-    run = jax.jit(augment.mix, static_argnums=(3, 4))
+    run = jax.jit(augment.mix, static_argnums=(3, 4), compiler_options=FAST_COMPILE)
     blended, shares = run(KEY, IMAGES, targets, 0.8, 0.0)
     kept = shares[0, 0]
     np.testing.assert_allclose(blended, kept * IMAGES + (1 - kept) * IMAGES[::-1], atol=1e-5)

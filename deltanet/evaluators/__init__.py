@@ -1,0 +1,1 @@
+"""What language models are measured by: losses of held-out texts, and zero-shot tests."""
