@@ -1,4 +1,4 @@
-"""The task on a tiny benchmark: batches, loss, metrics, models, and an early end."""
+"""The task on a tiny benchmark: batches, loss, metrics and models."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,7 @@ from deltanet.synthetic.models import MIXERS, mad_model, mqar_model, regbench_mo
 from deltanet.synthetic.reproduce import best
 from deltanet.synthetic.task import SyntheticTask, measured
 from deltanet.synthetic.tokens import IGNORE
-from training import config as configs
-from training.config import build
 from training.errors import UserError
-from training.loop import train
 
 DATA = {"name": "deltanet.synthetic.mqar.mqar", "length": 16, "pairs": 2, "vocabulary": 32, "train": 10, "test": 7}
 MODEL = {
@@ -131,34 +128,3 @@ def test_the_best_replica_of_every_seed_counts():
     scores = [0.1, 0.2, 0.5, 0.4, float("nan"), 0.3]  # three values of two seeds each
     assert best(scores, scores, 2) == [0.5, 0.4]
     assert best([1, 2, 3, 4], [0.9, 0.1, 0.2, 0.8], 2) == [1, 4]
-
-
-def test_training_ends_when_every_seed_has_a_replica_that_is_good_enough(tmp_path):
-    config = configs.load("configs/deltanet/mqar.py:scale=cpu,mixer=linear_attention")
-    config.unlock()
-    config.task.data, config.batch_size, config.seeds = {**DATA, "train": 30}, 3, (0, 1)
-    config.model.width = 8
-    config.steps, config.eval_every, config.checkpoint_every = "30 steps", "10 steps", "20 steps"
-    config.steps_per_dispatch, config.stop.at_least = 10, 0.0
-    ended = train(config, tmp_path)
-    assert (tmp_path / "checkpoints" / "10").exists()
-    assert not (tmp_path / "checkpoints" / "20").exists()
-    again = train(config, tmp_path)
-    assert again.metrics == ended.metrics
-    assert again.wall_seconds == pytest.approx(ended.wall_seconds, abs=1e-3)
-    (tmp_path / "finished.json").unlink()  # as if it had been killed after its last checkpoint
-    resumed = train(config, tmp_path)
-    assert resumed.metrics["test/accuracy"] == ended.metrics["test/accuracy"]
-    assert not (tmp_path / "checkpoints" / "20").exists()
-    assert build(config.task, model=config.model, batch_size=3).examples_per_epoch == 30
-
-
-def test_a_metric_that_no_evaluator_gives_is_refused(tmp_path):
-    config = configs.load("configs/deltanet/mqar.py:scale=cpu,mixer=linear_attention")
-    config.unlock()
-    config.task.data, config.batch_size, config.model.width = {**DATA, "train": 30}, 3, 8
-    config.steps = config.eval_every = config.checkpoint_every = "10 steps"
-    config.steps_per_dispatch = 10
-    config.stop.metric = "test/acuracy"
-    with pytest.raises(UserError, match="test/accuracy"):
-        train(config, tmp_path)
