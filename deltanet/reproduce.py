@@ -58,11 +58,6 @@ def _output(implementation: str, *arguments: jax.Array) -> jax.Array:
     return delta_rule(*arguments, implementation=implementation)[0]
 
 
-def _forward_and_backward(implementation: str, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-    output, pull = jax.vjp(partial(_output, implementation), *arguments)
-    return output, *pull(output)
-
-
 def _run(context: Context) -> Values:
     if context.scale == "cpu":
         tokens, lengths, width = 1024, (256, 512), 128
@@ -77,14 +72,13 @@ def _run(context: Context) -> Values:
 
     sizes = {}
     for dim in PAPER if context.scale != "cpu" else (64,):
-        sizes[str(dim)] = found = {"chunkwise": [], "both": [], "recurrent": [], "difference": []}
+        sizes[str(dim)] = found = {"chunkwise": [], "recurrent": [], "difference": []}
         for length in lengths:
             arguments = _inputs(tokens // length, length, width // dim, dim)
             outputs = [jax.jit(x)(*arguments).astype(jnp.float32) for x in (partial(_output, chunkwise), recurrent)]
             difference = jnp.linalg.norm(outputs[0] - outputs[1]) / jnp.linalg.norm(outputs[1])
             found["difference"].append(float(difference))
             found["chunkwise"].append(seconds(partial(_output, chunkwise), arguments, 0.1))
-            found["both"].append(seconds(partial(_forward_and_backward, chunkwise), arguments, 0.1))
             found["recurrent"].append(seconds(recurrent, arguments, 0.1))
     return {"scale": context.scale, "lengths": list(lengths), "sizes": sizes}
 
@@ -113,7 +107,6 @@ def _rows(values: Values) -> list[Row]:
                 grows if judge else None,
             ),
             Row(f"head size {dim}: ms forward, chunkwise", "", _list([1e3 * x for x in found["chunkwise"]])),
-            Row(f"head size {dim}: ms forward and backward, chunkwise", "", _list([1e3 * x for x in found["both"]])),
             Row(f"head size {dim}: ms forward, recurrent", "", _list([1e3 * x for x in found["recurrent"]])),
             Row(
                 f"head size {dim}: relative RMS between both outputs, largest",

@@ -1,16 +1,18 @@
 """The chunkwise delta rule as Mosaic GPU kernels for NVIDIA Hopper GPUs, forward and backward, in bfloat16.
 
-    invert     every chunk by itself: A = (I + M)^-1, kept for the backward as the sum of two bfloat16 matrices
-    sweep      the chunks in order, the state in registers: the output; or, for the backward, states S and rows N
+    prepare    every chunk by itself: A = (I + M)^-1, and with it J = A^T K and L = Q K^T A (decay aside)
+    output     the chunks in order, the state in registers: the output
+    states     the same for the backward: the state before every chunk, and N
     reverse    the chunks in reverse order, the state's gradient dS in registers: dS of every chunk, and R = A^T dN
     gradients  every chunk and 64 columns of the keys by themselves: dQ, dK, dV, and those of the numbers per token
 
-`sweep` and `reverse` give each head a block of their own. One warpgroup of it copies tiles from device memory ahead of
-time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
+The chains over the chunks give each head a block of their own. One warpgroup of it copies tiles from device memory
+ahead of time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
 DERIVATION.md.
 
 Where keys are alike, sums over the tokens of a chunk cancel, and rounding decides what is left. What enters such a sum
-is therefore split into two bfloat16 matrices, the number and what its rounding lost; the state, dO and R need not be.
+is therefore split into two bfloat16 matrices, the number and what its rounding lost. J and L have such sums behind them
+and are not split.
 
 A kernel needs an operand's rows to be whole swizzled lines of 64 numbers, so head sizes are 64, 128 and 256.
 """
@@ -52,7 +54,6 @@ SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
 _MULTIPROCESSORS = 132
 _PREPARING = 3  # warpgroups of a block of `prepare`; more would need more registers than there are
-_STATIC_ROLES = False
 _STAGES = 2  # slots of the copies of a sweep, where shared memory holds so many
 _F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
@@ -158,8 +159,8 @@ def _kernel(body: Callable, name: str, layout: Layout, **options) -> Callable:
 
 
 def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep: bool):
-    """J of every chunk like `k` and L, [batch, heads, time, chunk], bfloat16; and A as a sum of two, [2, like L], or
-    None.
+    """J of every chunk like `k` and L, [batch, heads, time, chunk], bfloat16; and what only the backward needs, or
+    None twice: A as a sum of two, [2, like L], and what J lost by rounding, like J.
 
     The blocks of the diagonal of A double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves,
     one step of Newton's iteration with a residual of twice the digits removes.
@@ -169,12 +170,13 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
     groups = layout.dim // 64
     tiles = groups + max(groups, 2) + 4
     bytes_of_one = 2 * CHUNK * 64 * tiles + 4 * layout.rows * CHUNK
-    warpgroups = min(_PREPARING, (_BLOCK_SHARED_MEMORY - 512) // bytes_of_one)
+    # The interpreter takes the whole of a union for one, and the warpgroups' parts of it for a race.
+    warpgroups = 1 if layout.interpret else min(_PREPARING, (_BLOCK_SHARED_MEMORY - 512) // bytes_of_one)
     total = layout.batch * layout.heads * layout.chunks
     blocks = min(_MULTIPROCESSORS, -(-total // warpgroups))
 
     def body(q_ref, k_ref, rows_ref, *refs, q_s, k_s, rows_s, m_s, x_and_a_s, loaded):
-        j_ref, l_ref, *inverse_ref = refs
+        j_ref, l_ref, *kept_refs = refs
         x_s, a_s = x_and_a_s
         w = lax.axis_index("warpgroup")
         first = lax.axis_index("blocks") * warpgroups + w
@@ -192,11 +194,15 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             for row in range(layout.rows):
                 plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_t.at[row], loaded.at[w])
             plgpu.barrier_wait(loaded.at[w])
-            # A zero that the compiler doesn't know: else it takes all masks out of the loop, into registers.
-            zero = lax.div(item, jnp.int32(total))
-            i, j = row_and_column((CHUNK, CHUNK))
-            i = i + zero
-            differs = i ^ j
+
+            def indices(salt):
+                """Rows and columns, with zeros added that the compiler doesn't know: else it computes all masks once
+                and keeps them in registers, which are too few.
+                """
+                i, j = row_and_column((CHUNK, CHUNK))
+                return i + lax.div(item, jnp.int32(total + salt)), j
+
+            i, j = indices(0)
             pairs = _pairs(rows_t, layout) if layout.gated else jnp.where(i >= j, 1.0, 0.0)
             score = product(*((q_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
             plgpu.commit_smem()
@@ -204,7 +210,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             m = product(*((k_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
             m = scale_rows(m, along_rows(rows_t.at[0]))
             m = jnp.where(i > j, m * pairs if layout.gated else m, 0.0)
-            x = jnp.where(i == j, 1.0, jnp.where(differs == 1, -m, 0.0))
+            x = jnp.where(i == j, 1.0, jnp.where((i ^ j) == 1, -m, 0.0))
             high = m.astype(_F16)
             high_t[...] = high
             low_t[...] = (m - high.astype(_F32)).astype(_F16)
@@ -215,12 +221,15 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
                 y_t[...] = product((high_t, x_t)).astype(_F16)
                 plgpu.commit_smem()
                 # X has no entries outside the blocks of this size, so the mask may come last.
+                i, j = indices(size)
+                differs = i ^ j
                 joined = (differs >= size) & (differs < 2 * size)
                 x = x - jnp.where(joined, product((x_t, y_t)), 0.0)
                 plgpu.commit_smem()
                 size *= 2
             x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
+            i, j = indices(1)
             residual = jnp.where(i == j, 1.0, 0.0) - load(x_t) - product((high_t, x_t), (low_t, x_t))
             plgpu.commit_smem()
             y_t[...] = residual.astype(_F16)
@@ -232,7 +241,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             reads = product(*split_product(p_t, a_t))
             if keep:
                 for part in range(2):
-                    plgpu.copy_smem_to_gmem(a_t[part], inverse_ref[0].at[part, b, h, tokens])
+                    plgpu.copy_smem_to_gmem(a_t[part], kept_refs[0].at[part, b, h, tokens])
             if layout.gated:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 store_split(a_t, scale_rows(inverse, _exit(rows_t, layout)))
@@ -241,13 +250,21 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             p_t[0][...] = reads.astype(_BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(p_t[0], l_ref.at[b, h, tokens])
+            if keep:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for group in range(groups):
                 writes = product(*((transposed(x), k_t.at[group]) for x in a_t))
                 plgpu.commit_smem()
-                k_t.at[group][...] = writes.astype(_BF16)
+                if keep:
+                    store_split((k_t.at[group], q_t.at[group]), writes)
+                else:
+                    k_t.at[group][...] = writes.astype(_BF16)
             plgpu.commit_smem()
             for group in range(groups):
-                plgpu.copy_smem_to_gmem(k_t.at[group], j_ref.at[b, tokens, h, pl.ds(group * 64, 64)])
+                columns = pl.ds(group * 64, 64)
+                plgpu.copy_smem_to_gmem(k_t.at[group], j_ref.at[b, tokens, h, columns])
+                if keep:
+                    plgpu.copy_smem_to_gmem(q_t.at[group], kept_refs[1].at[b, tokens, h, columns])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.loop(0, -(-total // (blocks * warpgroups)))
@@ -259,7 +276,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
 
     l_shape = (layout.batch, layout.heads, layout.time, CHUNK)
     shapes = [jax.ShapeDtypeStruct(k.shape, _BF16), jax.ShapeDtypeStruct(l_shape, _BF16)]
-    shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16)] * keep
+    shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16), shapes[0]] * keep
     results = _kernel(
         body,
         "prepare",
@@ -281,7 +298,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             "loaded": plgpu.Barrier(num_arrivals=2 * groups + layout.rows, num_barriers=warpgroups),
         },
     )(q, k, rows)
-    return (*results, None)[:3]
+    return (*results, None, None)[:4]
 
 
 # Kernels 2 and 3: the sweeps.
@@ -362,20 +379,10 @@ def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[Any],
         plgpu.set_max_registers(40, action="decrease")
         copy()
 
-    if _STATIC_ROLES:
-        for w in range(layout.warpgroups):
-
-            @pl.when(warpgroup == w)
-            def _(w=w):
-                plgpu.set_max_registers(232, action="increase")
-                compute(w)
-
-    else:
-
-        @pl.when(warpgroup < layout.warpgroups)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            compute(warpgroup)
+    @pl.when(warpgroup < layout.warpgroups)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        compute(warpgroup)
 
 
 def _sweep_options(layout: Layout) -> dict[str, Any]:
@@ -537,19 +544,17 @@ def _states(k, v, writers, inverse, rows, state, layout: Layout):
     )(k, writers, v, inverse, rows, state)
 
 
-def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
+def _reverse(q, k, d_output, writers, rests, readers, rows, d_final, layout: Layout):
     """The chunks in reverse order: the gradient of the state after each chunk, R like the values, and the gradient of
     the initial state.
     """
     wg = layout.warpgroups
     state_shape = jax.ShapeDtypeStruct(d_final.shape, _F32)
     after_shape = jax.ShapeDtypeStruct((*d_final.shape[:2], layout.chunks, *d_final.shape[2:]), _BF16)
-    stages = _stages(layout, 3, 1, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
+    stages = _stages(layout, 4, 1, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
 
     def body(*refs, d_state_s, r_s, leaving_s, **slots):
-        q_ref, k_ref, writers_ref, d_output_ref, readers_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = (
-            refs
-        )
+        *key_refs, d_output_ref, readers_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         full, empty = slots["full"], slots["empty"]
 
@@ -559,13 +564,13 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
 
             def step(i, d_state):
                 slot, n = lax.rem(i, jnp.int32(stages)), layout.chunks - 1 - i
-                query_t, key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
+                query_t, key_t, writer_t, rest_t = (s.at[slot] for s in slots["keys_s"])
                 reader_t, rows_t = slots["squares_s"][0].at[slot], slots["rows_s"].at[slot]
                 d_output_t = slots["value_s"].at[slot, w]
                 plgpu.barrier_wait(full.at[slot])
 
                 def main(found, updated):
-                    issue(found, (writer_t, d_state_t), (transposed(reader_t), d_output_t))
+                    issue(found, (writer_t, d_state_t), (rest_t, d_state_t), (transposed(reader_t), d_output_t))
                     scaled, after = load(d_output_t) * layout.scale, d_state
                     if layout.gated:
                         scaled = scale_rows(scaled, _entry(rows_t, layout))
@@ -604,7 +609,7 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
             d_initial_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, d_final)
             plgpu.wait_smem_to_gmem(0)
 
-        tiles = _Tiles((q_ref, k_ref, writers_ref), d_output_ref, (readers_ref,), rows_ref)
+        tiles = _Tiles(key_refs, d_output_ref, (readers_ref,), rows_ref)
         _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=True), compute)
 
     return _kernel(
@@ -616,10 +621,10 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
             "d_state_s": tile(wg, layout.dim, COLUMNS),
             "r_s": tile(wg, CHUNK, COLUMNS),
             "leaving_s": tile(wg, 2, CHUNK, COLUMNS),
-            **_slots(layout, stages, 3, 1),
+            **_slots(layout, stages, 4, 1),
         },
         **_sweep_options(layout),
-    )(q, k, writers, d_output, readers, rows, d_final)
+    )(q, k, writers, rests, d_output, readers, rows, d_final)
 
 
 # Kernel 4: the gradients of a chunk.
@@ -817,12 +822,12 @@ def _forward(q, k, v, beta, g, starts, state, scale, interpret, *, keep=True):
 
 
 def _backward(scale, interpret, residuals, cotangents):
-    q, k, v, beta, g, starts, state, (writers, readers, inverse) = residuals
+    q, k, v, beta, g, starts, state, (writers, readers, inverse, rests) = residuals
     rows = _rows(beta, g, starts)
     layout = layout_of(q, v, rows, scale, interpret)
     d_output = cotangents[0].astype(_BF16)
     before, pseudo = _states(k, v, writers, inverse, rows, state.astype(_F32), layout)
-    after, r, d_state = _reverse(q, k, d_output, writers, readers, rows, cotangents[1].astype(_F32), layout)
+    after, r, d_state = _reverse(q, k, d_output, writers, rests, readers, rows, cotangents[1].astype(_F32), layout)
     d_q, d_k, d_v, parts = _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout)
     d_beta = jnp.swapaxes(parts[:, 0].sum(0), 1, 2).astype(beta.dtype)
     d_g = None if g is None else _d_log_decay(parts, rows, layout).astype(g.dtype)
