@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "reproduce", help="folder of the trainings")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the results")
     parser.add_argument("--redraw", action="store_true", help="only draw figures and tables again, from the JSON")
+    parser.add_argument("--finished_only", action="store_true", help="train nothing; unfinished cells stay empty")
     options = parser.parse_args()
     entries = find_entries()
     if options.list:
@@ -97,7 +98,7 @@ def _one(name: str, entry, options: argparse.Namespace) -> None:
         return
     begin = time.monotonic()
     print(f"== {name} at scale {options.scale}: {entry.title}", flush=True)
-    record = report.reproduce(name, entry, options.scale, options.workdir, options.results)
+    record = report.reproduce(name, entry, options.scale, options.workdir, options.results, options.finished_only)
     for row in record["rows"]:
         mark = {True: "met", False: "NOT MET", None: ""}[row["passed"]]
         print(f"   {row['quantity']}: {row['ours']}   paper: {row['paper'] or '-'}   {row['target']} {mark}")

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from training import loop, metrics
 from training.config import load, override
+from training.errors import UserError
 from training.provenance import provenance
 
 
@@ -68,33 +69,49 @@ class Run:
 
 
 class Context:
-    """What an entry needs to run: its scale, and trainings that entries of one paper share."""
+    """What an entry needs to run: its scale, and trainings that entries of one paper share.
 
-    def __init__(self, scale: str, workdir: Path) -> None:
-        self.scale, self._workdir = scale, workdir
+    Args:
+      scale: one of the entry's.
+      workdir: folder of the trainings.
+      finished_only: nothing is trained; see `metrics`.
+    """
+
+    def __init__(self, scale: str, workdir: Path, finished_only: bool = False) -> None:
+        self.scale, self._workdir, self._finished_only = scale, workdir, finished_only
         self.runs: dict[str, Run] = {}
 
     def train(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> Run:
         """Trains `config` (a file with an optional argument) in the folder `name`, or resumes, or reads the result."""
         resolved = override(load(config), overrides or {})
         workdir = self._workdir / self.scale / name
+        if self._finished_only and not (workdir / loop.FINISHED_FILE).exists():
+            raise UserError(f"the training {workdir} is not finished; leave --finished_only away")
         self.runs[name] = Run(resolved, workdir, loop.train(resolved, workdir))
         return self.runs[name]
 
-    def metrics(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The last metrics of such a training; of a finished one the model is not loaded."""
+    def metrics(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """The last metrics of such a training; of a finished one the model is not loaded.
+
+        None where the training is not finished and only finished ones count.
+        """
         resolved = override(load(config), overrides or {})
         workdir = self._workdir / self.scale / name
+        finished = (workdir / loop.FINISHED_FILE).exists()
+        if self._finished_only and not finished:
+            return None
         loop.claim_workdir(workdir, resolved)
-        if not (workdir / loop.FINISHED_FILE).exists():
+        if not finished:
             loop.train(resolved, workdir)
         self.runs[name] = Run(resolved, workdir, None)
         return json.loads((workdir / loop.FINISHED_FILE).read_text())["metrics"]
 
 
-def reproduce(name: str, entry: Entry, scale: str, workdir: Path, results: Path) -> dict[str, Any]:
+def reproduce(
+    name: str, entry: Entry, scale: str, workdir: Path, results: Path, finished_only: bool = False
+) -> dict[str, Any]:
     """Runs an entry and writes `<results>/<name>.<scale>.json`, `.png` and `.md`; returns what the JSON holds."""
-    context = Context(scale, workdir)
+    context = Context(scale, workdir, finished_only)
     begin = time.monotonic()
     values = entry.run(context)
     record = {

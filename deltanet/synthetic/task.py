@@ -80,10 +80,10 @@ class SyntheticTask:
         return loss / total, {"accuracy": correct / total}
 
     def evaluators(self) -> dict[str, Callable[..., dict[str, jax.Array]]]:
-        """One for each held-out set, see `tested`."""
+        """One for each held-out set, see `measured`."""
 
         def evaluator(name: str, examples: TokenSet) -> Callable[..., dict[str, jax.Array]]:
-            return lambda model, key: tested(
+            return lambda model, key: measured(
                 model, self.resident["held_out"][name], examples.labelled, self.benchmark.vocabulary
             )
 
@@ -111,7 +111,9 @@ def _in_batches(examples: TokenSet, size: int) -> dict[str, np.ndarray]:
     return batches if examples.legal is None else {**batches, "legal": cut(examples.legal, 0)}
 
 
-def tested(model: nnx.Module, batches: Mapping[str, jax.Array], labelled: int, vocabulary: int) -> dict[str, jax.Array]:
+def measured(
+    model: nnx.Module, batches: Mapping[str, jax.Array], labelled: int, vocabulary: int
+) -> dict[str, jax.Array]:
     """How often the likeliest token is the label.
 
     Args:

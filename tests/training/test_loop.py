@@ -205,3 +205,19 @@ def test_durations_in_epochs_and_percent(tmp_path):
     train(config, tmp_path)
     assert metrics.read(tmp_path)["test/loss"]["step"].tolist() == [0, 32, 64]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["64"]
+
+
+def test_a_run_ends_when_every_seed_has_a_replica_that_is_good_enough(tmp_path):
+    stop = {"stop.metric": "test/loss", "stop.at_least": 0.0}
+    config = override(get_config(), {"seeds": (0, 1), **stop})
+    ended = train(config, tmp_path)
+    assert json.loads((tmp_path / FINISHED_FILE).read_text())["step"] == 10  # the first evaluation after a step
+    assert train(config, tmp_path).metrics == ended.metrics
+    (tmp_path / FINISHED_FILE).unlink()  # as if it had been killed after its last checkpoint
+    assert train(config, tmp_path).metrics == ended.metrics
+    assert final_state(config, tmp_path).step == 10
+
+
+def test_a_metric_that_no_evaluator_gives_cannot_end_a_run(tmp_path):
+    with pytest.raises(UserError, match="test/loss"):
+        train(override(get_config(), {"stop.metric": "test/los"}), tmp_path)
