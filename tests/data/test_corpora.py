@@ -39,7 +39,7 @@ def test_shards(tmp_path, name, write):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     write(tmp_path / name)
     assert list(corpora.documents(tmp_path)) == TEXTS
-    with pytest.raises(UserError, match="no text in the field|no column"):
+    with pytest.raises(UserError, match=r"no text in the field|no column"):
         list(corpora.documents(tmp_path, field="content"))
 
 
