@@ -4,22 +4,15 @@ import types
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from data.tokenizers import Bytes
 from deltanet.evaluators.harness import harness_model
-from deltanet.language import language_model
 from training.errors import UserError
 
 
 class Request:
     def __init__(self, *args):
         self.args = args
-
-
-@pytest.fixture(scope="module")
-def model():
-    return language_model("tiny", "softmax", width=64, depth=1, vocabulary_size=257, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture

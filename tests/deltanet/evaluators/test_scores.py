@@ -3,19 +3,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from flax import nnx
 
 from data.scored_tests import scored
 from deltanet.evaluators import scores
-from deltanet.language import language_model
 
-VOCABULARY = 11
-
-
-@pytest.fixture(scope="module")
-def model():
-    return language_model("tiny", "softmax", width=64, vocabulary_size=VOCABULARY, rngs=nnx.Rngs(0))
+KINDS = 11  # of tokens in the texts, so that some pairs repeat
 
 
 def log_probabilities(model, row):
@@ -27,7 +19,7 @@ def log_probabilities(model, row):
 
 
 def test_stream_loss(model):
-    tokens, length, words = np.random.default_rng(0).integers(VOCABULARY, size=45), 16, 7
+    tokens, length, words = np.random.default_rng(0).integers(KINDS, size=45), 16, 7
     found = jax.jit(lambda: scores.stream_loss(model, jnp.asarray(tokens, jnp.uint16), length, 2, words))()
     logs, right, repeated, places = [], [], [], []
     for begin in range(0, len(tokens) - 1, length):
@@ -52,7 +44,7 @@ def test_stream_loss(model):
 
 def test_continuation_scores(model):
     rng = np.random.default_rng(1)
-    rows = [rng.integers(VOCABULARY, size=size) for size in (5, 9, 7)]
+    rows = [rng.integers(KINDS, size=size) for size in (5, 9, 7)]
     row = rows[2]
     for i in range(4, len(row)):  # what greedy decoding writes
         row[i] = int(np.asarray(model(jnp.asarray(row[None, :i])))[0, -1].argmax())
