@@ -48,11 +48,11 @@ def tfds_documents(name: str, data_dir: str | Path, split: str, field: str = "te
 
 
 def _json_lines(file: IO[bytes], path: Path, field: str) -> Iterator[Any]:
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8")):
+    for number, line in enumerate(file):
         if line.strip():
             try:
                 yield json.loads(line).get(field)
-            except (json.JSONDecodeError, AttributeError) as error:
+            except (ValueError, AttributeError) as error:
                 raise UserError(f"{path}, line {number + 1} is no JSON object: {error}") from error
 
 
@@ -69,7 +69,7 @@ def _gzipped(path: Path, field: str) -> Iterator[Any]:
 def _zstandard(path: Path, field: str) -> Iterator[Any]:
     zstandard = _needed("zstandard", path)
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-        yield from _json_lines(stream, path, field)
+        yield from _json_lines(io.BufferedReader(stream), path, field)
 
 
 def _parquet(path: Path, field: str) -> Iterator[Any]:

@@ -145,21 +145,18 @@ def lambada(model: nnx.Module, test: Any, batch: int) -> dict[str, jax.Array]:
     return {"perplexity": jnp.exp(-scores.mean()), "accuracy": greedy.mean()}
 
 
-def pairs(model: nnx.Module, test: Any, right: np.ndarray, batch: int, lengths: np.ndarray | None = None) -> float:
-    """The share of pairs of which the right text is found likelier, such as BLiMP's and PIQA's.
+def text_scores(model: nnx.Module, test: Any, batch: int) -> np.ndarray:
+    """`continuation_scores`' logarithms, compiled and fetched; [sequences]."""
+    graph, state = nnx.split(model)
+    score = jax.jit(lambda state, test: continuation_scores(nnx.merge(graph, state), test, batch)[0])
+    return np.asarray(score(state, test))
+
+
+def share_of_pairs(found: np.ndarray, right: np.ndarray) -> float:
+    """The share of pairs of which the right text scores more, such as BLiMP's and PIQA's.
 
     Args:
-      model: a `models.language_model.CausalLanguageModel`.
-      test: the texts of all pairs, the two of a pair side by side.
+      found: [2 * pairs], scores of texts, the two of a pair side by side.
       right: [pairs], 0 or 1.
-      batch: sequences at a time.
-      lengths: [2 * pairs], characters that the logarithms of probabilities are divided by (`acc_norm`); None is none.
     """
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def score(state: nnx.State, data: Any) -> jax.Array:
-        return continuation_scores(nnx.merge(graph, state), data, batch)[0]
-
-    found = np.asarray(score(state, test)) / (1 if lengths is None else lengths)
     return float((found.reshape(-1, 2).argmax(-1) == right).mean())

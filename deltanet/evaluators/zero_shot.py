@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from data import text
-from data.scored_tests import Scored, continuations
+from data.scored_tests import continuations
 from data.tokenizers import Tokenizer
 from deltanet.evaluators import scores
 
@@ -31,11 +31,10 @@ def blimp(model: nnx.Module, tokenizer: Tokenizer, folder: Path, batch: int, lon
     """The share of pairs whose acceptable sentence is likelier, by paradigm, and `accuracy`, their mean."""
     paradigms = text.blimp_pairs(text.read(folder / "blimp", text.BLIMP)["BLiMP.zip"])
     sentences = [("", sentence) for pairs in paradigms.values() for pair in pairs for sentence in pair]
-    test, begin, found = continuations(tokenizer, sentences, longest), 0, {}
-    for name, pairs in paradigms.items():
-        part = Scored(*(array[begin : begin + 2 * len(pairs)] for array in test))
-        found[name] = scores.pairs(model, part, np.zeros(len(pairs), int), batch)
-        begin += 2 * len(pairs)
+    logs = scores.text_scores(model, continuations(tokenizer, sentences, longest), batch)
+    ends = np.cumsum([2 * len(pairs) for pairs in paradigms.values()])
+    parts = zip(paradigms, np.split(logs, ends[:-1]), strict=True)
+    found = {name: scores.share_of_pairs(part, np.zeros(len(part) // 2, int)) for name, part in parts}
     return {"accuracy": float(np.mean(list(found.values()))), **found}
 
 
@@ -44,11 +43,12 @@ def piqa(model: nnx.Module, tokenizer: Tokenizer, folder: Path, batch: int, long
     files = text.read(folder / "piqa", text.PIQA)
     questions = text.piqa_questions(files["valid.jsonl"], files["valid-labels.lst"])
     rows = [(f"Question: {goal}\nAnswer:", f" {answer}") for goal, answers, _ in questions for answer in answers]
-    test, right = continuations(tokenizer, rows, longest), np.array([label for *_, label in questions])
+    logs = scores.text_scores(model, continuations(tokenizer, rows, longest), batch)
+    right = np.array([label for *_, label in questions])
     lengths = np.array([len(answer) - 1 for _, answer in rows])
     return {
-        "accuracy": scores.pairs(model, test, right, batch),
-        "accuracy_norm": scores.pairs(model, test, right, batch, lengths),
+        "accuracy": scores.share_of_pairs(logs, right),
+        "accuracy_norm": scores.share_of_pairs(logs / lengths, right),
     }
 
 

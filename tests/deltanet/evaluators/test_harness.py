@@ -4,22 +4,15 @@ import types
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from data.tokenizers import Bytes
 from deltanet.evaluators.harness import harness_model
-from deltanet.language import language_model
 from training.errors import UserError
 
 
 class Request:
     def __init__(self, *args):
         self.args = args
-
-
-@pytest.fixture(scope="module")
-def model():
-    return language_model("tiny", "softmax", width=64, depth=1, vocabulary_size=257, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture
@@ -33,11 +26,11 @@ def harness(monkeypatch):
     return module
 
 
-def test_the_three_methods(model, harness):
+def test_the_three_methods(model, logits, harness):
     adapted = harness_model(model, Bytes(), longest=32, batch=2)
     assert isinstance(adapted, harness.LM)
     row = np.concatenate([[256], Bytes().encode("ab cd")])
-    logs = jax.nn.log_softmax(model(row[None, :-1]))[0]
+    logs = jax.nn.log_softmax(logits(row[:-1]))
     each = np.asarray(logs)[np.arange(5), row[1:]]
     [(found, greedy), (alone, _)] = adapted.loglikelihood([Request("ab", " cd"), Request("", "ab cd")])
     np.testing.assert_allclose(found, each[2:].sum(), rtol=1e-5)

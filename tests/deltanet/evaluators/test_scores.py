@@ -3,36 +3,28 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from flax import nnx
 
 from data.scored_tests import scored
 from deltanet.evaluators import scores
-from deltanet.language import language_model
 
-VOCABULARY = 11
-
-
-@pytest.fixture(scope="module")
-def model():
-    return language_model("tiny", "softmax", width=64, vocabulary_size=VOCABULARY, rngs=nnx.Rngs(0))
+KINDS = 11  # of tokens in the texts, so that some pairs repeat
 
 
-def log_probabilities(model, row):
+def log_probabilities(logits, row):
     """Of each token of a row after those before it, from the whole logits."""
-    logits = np.asarray(model(jnp.asarray(row[None, :-1])), np.float64)[0]
-    shifted = logits - logits.max(-1, keepdims=True)
+    found = logits(row[:-1])
+    shifted = found - found.max(-1, keepdims=True)
     table = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return table[np.arange(len(row) - 1), row[1:]], logits.argmax(-1) == row[1:]
+    return table[np.arange(len(row) - 1), row[1:]], found.argmax(-1) == row[1:]
 
 
-def test_stream_loss(model):
-    tokens, length, words = np.random.default_rng(0).integers(VOCABULARY, size=45), 16, 7
+def test_stream_loss(model, logits):
+    tokens, length, words = np.random.default_rng(0).integers(KINDS, size=45), 16, 7
     found = jax.jit(lambda: scores.stream_loss(model, jnp.asarray(tokens, jnp.uint16), length, 2, words))()
     logs, right, repeated, places = [], [], [], []
     for begin in range(0, len(tokens) - 1, length):
         row = tokens[begin : begin + length + 1]
-        values, hits = log_probabilities(model, row)
+        values, hits = log_probabilities(logits, row)
         pairs = list(itertools.pairwise(row))
         logs += list(values)
         right += list(hits)
@@ -50,17 +42,17 @@ def test_stream_loss(model):
     np.testing.assert_allclose(found["loss_by_position"], by_part, rtol=1e-5)
 
 
-def test_continuation_scores(model):
+def test_continuation_scores(model, logits):
     rng = np.random.default_rng(1)
-    rows = [rng.integers(VOCABULARY, size=size) for size in (5, 9, 7)]
+    rows = [rng.integers(KINDS, size=size) for size in (5, 9, 7)]
     row = rows[2]
     for i in range(4, len(row)):  # what greedy decoding writes
-        row[i] = int(np.asarray(model(jnp.asarray(row[None, :i])))[0, -1].argmax())
+        row[i] = logits(row[:i])[-1].argmax()
     starts = [1, 4, 3]
-    found, greedy = scores.continuation_scores(model, scored(rows, starts), batch=2)
-    expected = [log_probabilities(model, row)[0][start:].sum() for row, start in zip(rows, starts, strict=True)]
+    found, greedy = jax.jit(lambda: scores.continuation_scores(model, scored(rows, starts), batch=2))()
+    expected = [log_probabilities(logits, row)[0][start:].sum() for row, start in zip(rows, starts, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert greedy[2]
-    result = scores.lambada(model, scored(rows, starts), batch=3)
+    result = jax.jit(lambda: scores.lambada(model, scored(rows, starts), batch=3))()
     np.testing.assert_allclose(result["perplexity"], np.exp(-np.mean(expected)), rtol=1e-5)
     np.testing.assert_allclose(result["accuracy"], greedy.mean())

@@ -5,18 +5,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from data import text
 from data.tokenizers import Bytes
 from deltanet.evaluators import recall, zero_shot
-from deltanet.language import language_model
 from training.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return language_model("tiny", "softmax", width=64, depth=1, vocabulary_size=257, rngs=nnx.Rngs(0))
 
 
 def publish(folder, monkeypatch, constant, files):
