@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 
 from lion.attention import lion_attention  # noqa: E402
 from lion.attention.reference import reference_attention  # noqa: E402
+from models.softmax_attention import fused_attention  # noqa: E402
 from training.errors import UserError  # noqa: E402
 from training.provenance import provenance  # noqa: E402
 
@@ -70,8 +71,9 @@ def attention_of(name: str) -> Callable[..., jax.Array]:
     """A contender as a function of q, k, v and selective log-decays."""
     decay, _, how = name.partition("/")
     if decay == "softmax":
-        implementation = {"fused": "cudnn", "naive": "xla"}[how]
-        return lambda q, k, v, a: jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        naive = partial(jax.nn.dot_product_attention, implementation="xla")
+        softmax = {"fused": fused_attention, "naive": naive}[how]
+        return lambda q, k, v, a: softmax(q, k, v)
     return partial(_ours, decay, *how.split("/"))
 
 

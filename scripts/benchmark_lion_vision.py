@@ -31,6 +31,7 @@ from flax import nnx  # noqa: E402
 from lion.attention import lion_attention  # noqa: E402
 from lion.layer import snake_orders  # noqa: E402
 from lion.vision import SIZES, vision_transformer  # noqa: E402
+from models.softmax_attention import fused_attention  # noqa: E402
 from training.errors import UserError  # noqa: E402
 from training.provenance import provenance  # noqa: E402
 
@@ -95,7 +96,7 @@ def op_seconds(size: str, mixer: str, batch: int, pixels: int, repeats: int) -> 
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array) -> jax.Array:
         if mixer == "softmax":
-            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+            return fused_attention(q, k, v)
         if mixer.endswith("two_scans"):
             return lion_attention(q, k, v, (decay, decay), orders=snake_orders((side, side), True))
         return lion_attention(q, k, v, decay if decay.ndim else None)

@@ -46,8 +46,8 @@ def check(function, case, time, dtype, **size):
     [
         ("selective", 66, {"batch": 1, "heads": 3}),
         ("selective_two_scans", 20, {"batch": 1, "heads": 2}),
-        ("none", 2, {"heads": 1}),
-        ("fixed", 9, {"heads": 2}),
+        slow("none", 2, {"heads": 1}),
+        slow("fixed", 9, {"heads": 2}),
         slow("selective", 1, {"batch": 1, "heads": 1}),
         slow("selective_two_scans", 66, {}),
         *(slow(case, 66, {}) for case in MORE_SCALAR),
