@@ -32,6 +32,7 @@ def tiny():
     return config.lock()
 
 
+@pytest.mark.slow
 def test_two_epochs_of_the_whole_recipe(tmp_path):
     metrics = train(tiny(), tmp_path).metrics
     assert set(metrics) == {"loss", "test/accuracy", "test/loss", "test_ema/accuracy", "test_ema/loss"}

@@ -7,6 +7,7 @@ import pytest
 from icl.preconditioned_gd import measure, reproduce
 from training import report
 
+LONG = {"figure6", "figure7", "theorem1", "basins"}  # many trainings, of code that the other entries run too
 SMALL = {"steps": "200 steps", "batch_size": 32, "task.test_prompts": 64, "checkpoint_every": "200 steps"}
 
 
@@ -29,7 +30,9 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("name", reproduce.ENTRIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in reproduce.ENTRIES]
+)
 def test_an_entry_leaves_json_table_and_figure(name, runs, tmp_path):
     entry = reproduce.ENTRIES[name]
     record = report.reproduce(f"paper/{name}", entry, "cpu", runs, tmp_path / "results")
