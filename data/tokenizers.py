@@ -10,9 +10,6 @@ import numpy as np
 
 from training.errors import UserError
 
-DOCUMENT = "<|document|>"
-"""The token between documents. It is no text: a document that contains these characters has them as characters."""
-
 
 class Tokenizer(Protocol):
     """Text to numbers below `vocabulary_size` and back."""

@@ -33,7 +33,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from deltanet.delta_rule import delta_rule, reference  # noqa: E402
-from training.errors import UserError  # noqa: E402
+from training.errors import UserError, reported  # noqa: E402
 from training.provenance import provenance  # noqa: E402
 
 SHAPES = ("8x2048x16x128", "1x16384x16x128", "8x2048x32x64")
@@ -358,8 +358,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

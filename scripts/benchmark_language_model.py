@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from deltanet.language import MIXERS, SIZES  # noqa: E402
 from deltanet.throughput import run  # noqa: E402
 from deltanet.throughput.measure import Shape  # noqa: E402
-from training.errors import UserError  # noqa: E402
+from training.errors import UserError, reported  # noqa: E402
 from training.provenance import provenance  # noqa: E402
 
 NAME = "language_model_throughput"
@@ -90,8 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

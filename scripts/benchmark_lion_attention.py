@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from lion.attention import lion_attention  # noqa: E402
 from lion.attention.reference import reference_attention  # noqa: E402
 from models.softmax_attention import fused_attention  # noqa: E402
-from training.errors import UserError  # noqa: E402
+from training.errors import UserError, reported  # noqa: E402
 from training.provenance import provenance  # noqa: E402
 
 PIXELS = (224, 384, 512, 736, 1024, 1248, 1536, 2496)
@@ -243,8 +243,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

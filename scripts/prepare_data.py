@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import prepare_images, prepare_text  # noqa: E402
-from training.errors import UserError, nearest  # noqa: E402
+from training.errors import UserError, nearest, reported  # noqa: E402
 
 PREPARATIONS = {
     **prepare_images.PREPARATIONS,
@@ -45,8 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.durations import format_seconds  # noqa: E402
-from training.errors import UserError, nearest  # noqa: E402
+from training.errors import UserError, nearest, reported  # noqa: E402
 
 
 def find_entries() -> dict:
@@ -107,11 +107,5 @@ def _one(name: str, entry, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported(interrupted="interrupted; the same command resumes"):
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command resumes", file=sys.stderr)
-        sys.exit(130)

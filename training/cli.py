@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from training.errors import UserError
+from training.errors import UserError, reported
 
 
 def define_training_flags() -> flags.FlagHolder:
@@ -52,12 +51,8 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; a UserError or a bad flag ends in one message and exit status 2."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("jax").setLevel(logging.WARNING)
-    try:
+    with reported(interrupted="interrupted; the same command resumes the run"):
         app.run(lambda _: main(), flags_parser=_parse)
-    except UserError as error:
-        _fail(str(error), status=2)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes the run", status=130)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -85,8 +80,3 @@ def _unknown_key(message: str) -> str:
 def _one_line(message: str) -> str:
     message = re.sub(r"^Configuration is not available because of an earlier failure to load: ", "", message)
     return " ".join(message.split()).replace("config_config", "").replace("  ", " ")
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)

@@ -56,9 +56,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         compiled = Compiled(program)
         data = _Data(program)
         step, state, seconds = _start(compiled, checkpoints, data)
-        finished = workdir / FINISHED_FILE
-        if finished.exists() and step == json.loads(finished.read_text())["step"]:
-            return Result(program.models(state), **_read_finished(finished))
+        finished = read_finished(workdir)
+        if finished is not None and step == finished["step"]:
+            return Result(program.models(state), finished["metrics"], finished["wall_seconds"])
         begin = time.monotonic() - seconds
         recorder = stack.enter_context(
             Recorder(config, workdir, step, program.total_steps, program.to_steps(config.log_every))
@@ -85,8 +85,14 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
 
         checkpoints.wait()
         result = Result(program.models(state), recorder.last, time.monotonic() - begin)
-        _write_finished(finished, step, result)
+        _write_finished(workdir / FINISHED_FILE, step, result)
         return result
+
+
+def read_finished(workdir: Path) -> dict[str, Any] | None:
+    """What a finished run left: `step`, the last `metrics`, `wall_seconds` and `provenance`; None before its end."""
+    path = workdir / FINISHED_FILE
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def evaluate(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
@@ -306,8 +312,3 @@ def _write_finished(path: Path, step: int, result: Result) -> None:
         seconds = round(result.wall_seconds, 3)
         record = {"step": step, "metrics": result.metrics, "wall_seconds": seconds, "provenance": provenance()}
         replace(path, json.dumps(record, indent=2) + "\n")
-
-
-def _read_finished(path: Path) -> dict[str, Any]:
-    record = json.loads(path.read_text())
-    return {"metrics": record["metrics"], "wall_seconds": record["wall_seconds"]}

@@ -64,7 +64,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Where the training comes from, what it took, and its config."""
-        finished = json.loads((self.workdir / loop.FINISHED_FILE).read_text())
+        finished = loop.read_finished(self.workdir)
         return {"seconds": finished["wall_seconds"], **finished["provenance"], "config": self.config.to_dict()}
 
 
@@ -85,7 +85,7 @@ class Context:
         """Trains `config` (a file with an optional argument) in the folder `name`, or resumes, or reads the result."""
         resolved = override(load(config), overrides or {})
         workdir = self._workdir / self.scale / name
-        if self._finished_only and not (workdir / loop.FINISHED_FILE).exists():
+        if self._finished_only and loop.read_finished(workdir) is None:
             raise UserError(f"the training {workdir} is not finished; leave --finished_only away")
         self.runs[name] = Run(resolved, workdir, loop.train(resolved, workdir))
         return self.runs[name]
@@ -97,14 +97,12 @@ class Context:
         """
         resolved = override(load(config), overrides or {})
         workdir = self._workdir / self.scale / name
-        finished = (workdir / loop.FINISHED_FILE).exists()
-        if self._finished_only and not finished:
+        finished = loop.read_finished(workdir)
+        if self._finished_only and finished is None:
             return None
         loop.claim_workdir(workdir, resolved)
-        if not finished:
-            loop.train(resolved, workdir)
         self.runs[name] = Run(resolved, workdir, None)
-        return json.loads((workdir / loop.FINISHED_FILE).read_text())["metrics"]
+        return loop.train(resolved, workdir).metrics if finished is None else finished["metrics"]
 
 
 def reproduce(

@@ -85,9 +85,9 @@ class NoisyRegression:
         return {"validation": validation, "structure": structure}
 
 
-def half_errors(model: nnx.Module, sequences: Sequences, layers: int | None = None) -> jax.Array:
-    """`||w - w^l||^2 / 2` after the first `layers` layers, or all, [batch]."""
-    return 0.5 * jnp.square(model.weights(sequences.gram, layers) - sequences.w).sum(0)
+def half_errors(model: nnx.Module, sequences: Sequences) -> jax.Array:
+    """`||w - w^L||^2 / 2`, [batch]."""
+    return 0.5 * jnp.square(model.weights(sequences.gram) - sequences.w).sum(0)
 
 
 def chunks(tree: Any, size: int) -> Any:
