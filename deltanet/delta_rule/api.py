@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from deltanet.delta_rule import pallas_gpu, pallas_tpu, recurrent, reference
 from deltanet.delta_rule.chunked import chunked_delta_rule
+from models.kernels.choice import first_that_serves, serves
 
 CHUNK = 64  # of the XLA form; the paper's
 AUTOMATIC = ("pallas_gpu", "pallas_tpu", "chunked")  # best first
@@ -252,16 +253,12 @@ def _refusal_tpu(problem: _Problem) -> str | None:
     return pallas_tpu.refusal(problem.q.dtype, problem.q.shape[-1], problem.v.shape[-1])
 
 
-def _serves(problem: _Problem) -> None:
-    """The refusal of an implementation that serves everything."""
-
-
 IMPLEMENTATIONS = {
     "pallas_gpu": (_refusal_gpu, partial(run_kernels, pallas_gpu)),
     "pallas_tpu": (_refusal_tpu, partial(run_kernels, pallas_tpu)),
-    "chunked": (_serves, _run_chunked),
-    "recurrent": (_serves, _run_recurrent),
-    "reference": (_serves, _run_reference),
+    "chunked": (serves, _run_chunked),
+    "recurrent": (serves, _run_recurrent),
+    "reference": (serves, _run_reference),
 }
 
 
@@ -271,13 +268,4 @@ def _choose(problem: _Problem, implementation: str | Sequence[str] | None) -> Ca
     names = (names,) if isinstance(names, str) else tuple(names)
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
         raise ValueError(f"no implementation {unknown[0]!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    reasons = []
-    for name in names:
-        refusal, run = IMPLEMENTATIONS[name]
-        if (reason := refusal(problem)) is None:
-            _log.debug("delta_rule runs %s; %s", name, "; ".join(reasons) or "it is the first choice")
-            return run
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(
-        f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}"
-    )
+    return first_that_serves(IMPLEMENTATIONS, names, problem, "delta_rule", _log)

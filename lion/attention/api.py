@@ -16,6 +16,7 @@ from lion.attention.decay import DIRECTIONS, Cumulative, accumulator, divide, sc
 from lion.attention.full import full, full_over_scans
 from lion.attention.recurrent import recurrent
 from lion.attention.two_sided import two_sided
+from models.kernels.choice import first_that_serves, serves
 
 FORMS = ("full", "recurrent", "chunked", "two_sided")
 FULL_UP_TO = 256  # tokens
@@ -88,7 +89,8 @@ def lion_attention(
         q, k, v = (jnp.where(keep, x, 0) for x in (q, k, v))
     places = [np.arange(q.shape[1])] if orders is None else [np.asarray(order) for order in orders]
     problem = _Problem(q, k, v, decays, places, direction, normalize, padding_mask, form, chunk_size)
-    return _choose(problem, implementation)(problem).astype(q.dtype)
+    run = first_that_serves(IMPLEMENTATIONS, _names(implementation), problem, "lion_attention", _log)
+    return run(problem).astype(q.dtype)
 
 
 class _Problem(NamedTuple):
@@ -204,30 +206,12 @@ def _refusal(module: ModuleType, problem: _Problem) -> str | None:
     return module.refusal(problem.q.dtype, time, problem.q.shape[-1], problem.v.shape[-1])
 
 
-def _serves(problem: _Problem) -> None:
-    """The refusal of an implementation that serves everything."""
-
-
 IMPLEMENTATIONS = {
     "pallas_gpu": (partial(_refusal, pallas_gpu), partial(run_kernels, pallas_gpu)),
     "pallas_tpu": (partial(_refusal, pallas_tpu), partial(run_kernels, pallas_tpu)),
-    "xla": (_serves, _run_xla),
+    "xla": (serves, _run_xla),
 }
 """Best first."""
-
-
-def _choose(problem: _Problem, implementation: str | Sequence[str] | None) -> Callable[[_Problem], jax.Array]:
-    """The first implementation that serves; the log says why others do not."""
-    reasons = []
-    for name in _names(implementation):
-        refusal, run = IMPLEMENTATIONS[name]
-        if (reason := refusal(problem)) is None:
-            _log.debug("lion_attention runs %s; %s", name, "; ".join(reasons) or "it is the first choice")
-            return run
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(
-        f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}"
-    )
 
 
 def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:

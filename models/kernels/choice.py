@@ -1,0 +1,42 @@
+"""Which of an op's implementations runs."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Refusal = Callable[[Any], str | None]
+
+
+def first_that_serves(
+    implementations: Mapping[str, tuple[Refusal, Callable[[Any], Any]]],
+    names: Sequence[str],
+    problem: Any,
+    op: str,
+    log: logging.Logger,
+) -> Callable[[Any], Any]:
+    """The first implementation among `names` that serves; the log says why others do not.
+
+    Args:
+      implementations: name -> why it does not serve a problem, or None; and what runs it.
+      names: in the order of preference.
+      problem: the op's checked arguments, with `q`.
+      op: its name, for the log.
+      log: where to.
+
+    Raises:
+      NotImplementedError: none of them serves.
+    """
+    reasons = []
+    for name in names:
+        refusal, run = implementations[name]
+        if (reason := refusal(problem)) is None:
+            log.debug("%s runs %s; %s", op, name, "; ".join(reasons) or "it is the first choice")
+            return run
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(
+        f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}"
+    )
+
+
+def serves(problem: Any) -> None:
+    """The refusal of an implementation that serves everything."""
