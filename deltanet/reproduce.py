@@ -2,7 +2,6 @@
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from deltanet.delta_rule import delta_rule, pallas_gpu, recurrent_gpu
+from training import plotting
 from training.errors import UserError
 from training.report import Context, Entry, Row
+from training.timing import batch_seconds, calls_within
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # Speed-up of the chunkwise over the recurrent form by head size, read off the paper's figure (an H100).
@@ -29,20 +30,9 @@ Values = dict[str, Any]
 
 
 def seconds(call: Callable[..., jax.Array], arguments: Sequence[jax.Array], budget: float) -> float:
-    """Median time of a call, of batches of calls that keep the device busy without waiting between them."""
-    call = jax.jit(call)
-    jax.block_until_ready(call(*arguments))
-    begin = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    calls = int(min(50, max(1, budget / 5 / (time.perf_counter() - begin))))
-    samples = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            last = call(*arguments)
-        jax.block_until_ready(last)
-        samples.append((time.perf_counter() - begin) / calls)
-    return statistics.median(samples)
+    """Median time of a call, of five batches of calls."""
+    run = partial(jax.jit(call), *arguments)
+    return statistics.median(batch_seconds(run, calls_within(run, budget / 5), 5))
 
 
 def _inputs(batch: int, length: int, heads: int, dim: int) -> list[jax.Array]:
@@ -125,12 +115,7 @@ def _rows(values: Values) -> list[Row]:
 
 
 def _draw(values: Values, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.6))
+    figure, ((axes,),) = plotting.figure(1, width=5, height=3.6)
     for color, (dim, found) in zip(("tab:blue", "tab:red", "tab:green"), values["sizes"].items(), strict=False):
         axes.plot(values["lengths"], _speedups(found), "o-", color=color, label=f"head size {dim}, ours")
         if values["scale"] != "cpu":
@@ -139,9 +124,7 @@ def _draw(values: Values, path: Path) -> None:
     axes.set_xticks(values["lengths"], [str(x) for x in values["lengths"]])
     axes.minorticks_off()
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plotting.save(figure, path)
 
 
 ENTRIES = {

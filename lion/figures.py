@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from training import plotting
 
 
 def dots(
@@ -21,14 +19,8 @@ def dots(
       label: of the values.
       path: of the PNG.
     """
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(2.2 + 2.6 * len(panels), 0.9 + 0.26 * len(titles)),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
+    width = 2.6 + 2.2 / len(panels)
+    figure, axes = plotting.figure(len(panels), width=width, height=0.9 + 0.26 * len(titles), sharey=True)
     places = {arm: -place for place, arm in enumerate(titles)}
     for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
         for arm, found in values.items():
@@ -36,8 +28,7 @@ def dots(
             axis.plot(np.mean(found), places[arm], "|", ms=12, mew=2, color="black")
         axis.set(title=name, xlabel=label, yticks=list(places.values()), yticklabels=list(titles.values()))
         axis.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plotting.save(figure, path)
 
 
 def curves(
@@ -51,9 +42,11 @@ def curves(
       y_labels: by title of the panel.
       path: of the PNG.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained", squeeze=False)
+    from matplotlib import colormaps
+
+    figure, axes = plotting.figure(len(panels), width=5.2, height=4)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    colors = plt.get_cmap("tab20")
+    colors = colormaps["tab20"]
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
             style = {"marker": "o", "ms": 3, "lw": 1.2, "color": colors(names.index(name) % 20)}
@@ -61,5 +54,4 @@ def curves(
         axis.set(title=title, xlabel=x_label, ylabel=y_labels[title], xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plotting.save(figure, path)

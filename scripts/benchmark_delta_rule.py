@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +32,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from deltanet.delta_rule import delta_rule, reference  # noqa: E402
+from training import plotting  # noqa: E402
 from training.errors import UserError, reported  # noqa: E402
 from training.provenance import provenance  # noqa: E402
+from training.timing import batch_seconds, calls_within  # noqa: E402
 
 SHAPES = ("8x2048x16x128", "1x16384x16x128", "8x2048x32x64")
 OURS = ("pallas_gpu", "pallas_tpu", "chunked", "recurrent")
@@ -124,19 +125,9 @@ def _on_device(inputs: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def _repeat(call: Callable[[], Any], wait: Callable[[Any], Any], budget: float) -> list[float]:
-    """Seconds a call, of batches of calls that keep the device busy without waiting between them."""
-    wait(call())
-    begin = time.perf_counter()
-    wait(call())
-    once = time.perf_counter() - begin
-    calls = int(min(50, max(1, budget / 12 / once)))
-    samples = []
-    for _ in range(12 if calls > 1 else 2):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            last = call()
-        wait(last)
-        samples.append((time.perf_counter() - begin) / calls)
+    """Seconds of a call, of ten batches of calls after two that do not count."""
+    calls = calls_within(call, budget / 12, wait)
+    samples = batch_seconds(call, calls, 12 if calls > 1 else 2, wait)
     return samples[2:] or samples
 
 
@@ -302,12 +293,7 @@ def _cells(result: dict[str, Any], fla: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Bars of the times, one panel a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(record["shapes"]), figsize=(4.5 * len(record["shapes"]), 3.5), squeeze=False)
+    figure, axes = plotting.figure(len(record["shapes"]), width=4.5, height=3.5)
     for ax, (shape, results) in zip(axes[0], record["shapes"].items(), strict=True):
         timed = {name: result for name, result in results.items() if "forward" in result}
         for offset, direction, label in ((-0.2, "forward", "forward"), (0.2, "both", "forward and backward")):
@@ -315,8 +301,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             ax.bar(positions, [1e3 * x[direction]["seconds"] for x in timed.values()], width=0.4, label=label)
         ax.set(title=shape, ylabel="ms", yscale="log", xticks=range(len(timed)), xticklabels=list(timed))
     axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    plotting.save(figure, path)
 
 
 def write(record: dict[str, Any], folder: Path) -> None:

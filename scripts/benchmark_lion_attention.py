@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -30,8 +29,10 @@ import numpy as np  # noqa: E402
 from lion.attention import lion_attention  # noqa: E402
 from lion.attention.reference import reference_attention  # noqa: E402
 from models.softmax_attention import fused_attention  # noqa: E402
+from training import plotting  # noqa: E402
 from training.errors import UserError, reported  # noqa: E402
 from training.provenance import provenance  # noqa: E402
+from training.timing import batch_seconds, calls_within  # noqa: E402
 
 PIXELS = (224, 384, 512, 736, 1024, 1248, 1536, 2496)
 PATCH = 16
@@ -119,19 +120,9 @@ def errors(name: str, time_: int, dim: int) -> dict[str, float]:
 
 
 def _seconds(compiled: Callable[..., Any], arguments: list[jax.Array], budget: float) -> float:
-    """The median time of a call, of batches of calls that keep the device busy."""
-    jax.block_until_ready(compiled(*arguments))
-    begin = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    calls = int(min(50, max(1, budget / 6 / (time.perf_counter() - begin))))
-    samples = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            last = compiled(*arguments)
-        jax.block_until_ready(last)
-        samples.append((time.perf_counter() - begin) / calls)
-    return statistics.median(samples)
+    """The median time of a call, of six batches of calls."""
+    run = partial(compiled, *arguments)
+    return statistics.median(batch_seconds(run, calls_within(run, budget / 6), 6))
 
 
 def measure(name: str, batch: int, time_: int, heads: int, dim: int, budget: float) -> dict[str, Any]:
@@ -186,13 +177,8 @@ def table(record: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Nanoseconds for a token and head over the length, forward and both passes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for ax, direction in zip(axes, ("forward", "both"), strict=True):
+    figure, axes = plotting.figure(2, width=5.5, height=4.5, sharey=True)
+    for ax, direction in zip(axes[0], ("forward", "both"), strict=True):
         for name in record["contenders"]:
             points = [
                 (row["time"], 1e9 * row["contenders"][name][direction]["seconds"] / (row["batch"] * row["time"]))
@@ -203,10 +189,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 x, y = zip(*points, strict=True)
                 ax.plot(x, np.array(y) / record["heads"], marker=".", label=name)
         ax.set(xscale="log", yscale="log", xlabel="tokens", title=direction)
-    axes[0].set_ylabel("ns for a token and head")
-    axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    axes[0, 0].set_ylabel("ns for a token and head")
+    axes[0, 1].legend(fontsize=7)
+    plotting.save(figure, path)
 
 
 def main() -> None:

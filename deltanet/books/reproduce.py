@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltanet.books.rows import ABLATIONS, RATES, SEEDS, TABLE
+from training import plotting
 from training.report import Context, Entry, Row
 
 CONFIG = "configs/deltanet/books.py"
@@ -118,14 +119,9 @@ def _mean_and_range(seeds: Sequence[float]) -> str:
 
 
 def _draw(values: Values, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = [m for m in ("books", "wikitext_test", "lambada") if m in next(iter(values["rows"].values()))["measures"]]
     height = 1.2 + 0.3 * len(values["rows"])
-    drawn, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), height), layout="constrained", squeeze=False)
+    drawn, axes = plotting.figure(len(shown), width=4, height=height)
     names = list(values["rows"])
     for i, (axis, measure) in enumerate(zip(axes[0], shown, strict=True)):
         for place, name in enumerate(names):
@@ -136,8 +132,7 @@ def _draw(values: Values, path: Path) -> None:
         axis.title.set_fontsize(9)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
-    drawn.savefig(path, dpi=110)
-    plt.close(drawn)
+    plotting.save(drawn, path)
 
 
 _CPU = "models with 2 layers of width 128, 400 steps, held-out books alone: shows that it runs, no more"

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 
+from training import plotting
 from training.report import Context, Entry, Row
 
 Values = dict[str, Any]
@@ -105,7 +105,7 @@ def _rows(
 def _draw(values: Values, grid: Grid, paper: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
     """A line for each mixer, the paper's dashed."""
     settings = [str(setting) for setting in grid.settings]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, ((axes,),) = plotting.figure(1, width=7, height=4)
     for i, mixer in enumerate(grid.mixers):
         for cells, style in ((values["found"].get(mixer, {}), "o-"), (paper.get(mixer, {}), "x:")):
             known = [s for s in settings if s in cells]
@@ -116,8 +116,7 @@ def _draw(values: Values, grid: Grid, paper: Mapping[str, Mapping[str, float]], 
     axes.set_xticks(range(len(settings)), settings, rotation=0 if len(settings) < 5 else 20)
     axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(-3, 103))
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plotting.save(figure, path)
 
 
 _MQAR = Grid(

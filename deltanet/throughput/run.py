@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltanet.throughput.measure import Decoder, Shape, Step, matrix_rate, training_config
+from training import plotting
 from training.step import State
 
 Values = dict[str, Any]
@@ -155,13 +156,8 @@ def _each(results: Mapping[str, Mapping[str, Values]]) -> list[tuple[str, str, V
 
 def draw(values: Values, path: Path) -> None:
     """Tokens a second against the length, in training and in decoding."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for ax, kind, label in zip(axes, ("training", "decoding"), ("length of sequences", "context"), strict=True):
+    figure, axes = plotting.figure(2, width=4.5, height=3.5)
+    for ax, kind, label in zip(axes[0], ("training", "decoding"), ("length of sequences", "context"), strict=True):
         for mixer, shapes in values[kind].items():
             timed = {
                 int(s.partition("x")[2]): x["tokens_per_second"] / 1e3 for s, x in shapes.items() if "seconds" in x
@@ -171,6 +167,4 @@ def draw(values: Values, path: Path) -> None:
         ax.set_xticks(list(timed), [str(length) for length in timed])
         ax.minorticks_off()
         ax.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plotting.save(figure, path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from icl import plotting
+from training import plotting
 
 
 def panels(values: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icl import plotting
+from training import plotting
 
 BLUE, RED, GREEN, PURPLE, GREY = "tab:blue", "tab:red", "tab:green", "tab:purple", "0.35"
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from icl import plotting
 from icl.versatile.paper import problem_name
+from training import plotting
 
 MODELS = {"gdpp": ("GD++", "tab:green"), "diagonal": ("Diag", "tab:orange"), "full": ("Full", "tab:blue")}
 _TOP = 10.0

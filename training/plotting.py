@@ -1,4 +1,4 @@
-"""What the drawings of the in-context papers share."""
+"""What the drawings of results share. Matplotlib is imported when something is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 
 
-def figure(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0) -> tuple[Any, np.ndarray]:
-    """A figure and its axes, [rows, columns]."""
+def figure(
+    columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0, **options: Any
+) -> tuple[Any, np.ndarray]:
+    """A figure and its axes, [rows, columns], each `width` x `height` inches; further options of `plt.subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
 
 
 def save(drawn: Any, path: Path) -> None:
