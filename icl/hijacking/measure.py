@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy import stats
 from scipy.special import ndtr, ndtri
 
 from icl.hijacking.data import clean_gram, sample_hijack, sample_tasks
@@ -133,3 +134,16 @@ def bayes_accuracy(
         accuracy = 1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi
         results.append({"mean": float(accuracy.mean()), "error": float(accuracy.std() / np.sqrt(prompts))})
     return results
+
+
+def depth_trend(layers: Sequence[int], values: np.ndarray) -> tuple[str, str]:
+    """The slope of `values` [depths, seeds] in log2 of the depth: as text with its 95 % interval, and what it says.
+
+    The interval is Student's, from the scatter of seeds: with five a depth, a bootstrap over them would be too narrow.
+    """
+    values = np.asarray(values)
+    line = stats.linregress(np.repeat(np.log2(layers), values.shape[1]), values.ravel())
+    half = line.stderr * stats.t.ppf(0.975, values.size - 2)
+    low, high = line.slope - half, line.slope + half
+    verdict = "rises" if low > 0 else "falls" if high < 0 else "no trend"
+    return f"{line.slope:+.4f} per doubling ({low:+.4f} to {high:+.4f})", verdict

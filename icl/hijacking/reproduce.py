@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from icl.hijacking import figures, measure, theory
 from icl.hijacking.theory import SIGN_MEAN
@@ -408,22 +407,14 @@ def _rows_transformers(values: Values) -> list[Row]:
 
 
 def _depth_trend(scale: str, name: str, group: Sequence[Values]) -> Row:
-    """Slope of the accuracy in log2 L over depths of equal excess, with its 95 % interval from the scatter of seeds.
-
-    The interval is Student's: with five seeds a depth, a bootstrap over seeds would be too narrow.
-    """
+    """The trend of the accuracy over depths of equal excess."""
     best = min(np.mean(cell["excess"]) for cell in group)
     equal = [cell for cell in group if np.mean(cell["excess"]) <= 1.01 * best]
-    depths = np.log2([cell["layers"] for cell in equal])
     if len(equal) < 2:
         return Row(f"{name}: trend with depth", "rises", "fewer than two depths have equal excess")
     accuracy = np.array([cell["accuracy"] for cell in equal])[:, [COUNTS.index(c) for c in (1, 2, 5, 10)]].mean(1)
-    line = stats.linregress(np.repeat(depths, accuracy.shape[1]), accuracy.ravel())
-    half = line.stderr * stats.t.ppf(0.975, accuracy.size - 2)
-    low, high = line.slope - half, line.slope + half
-    verdict = "rises" if low > 0 else "falls" if high < 0 else "no trend"
-    shown = ", ".join(str(cell["layers"]) for cell in equal)
-    ours = f"{line.slope:+.4f} per doubling ({low:+.4f} to {high:+.4f}): {verdict}, over L = {shown}"
+    text, verdict = measure.depth_trend([cell["layers"] for cell in equal], accuracy)
+    ours = f"{text}: {verdict}, over L = {', '.join(str(cell['layers']) for cell in equal)}"
     complete = len(equal) == len(group)
     what = f"{name}: trend with depth at equal excess, mean accuracy over N = 1, 2, 5, 10"
     return judged(scale, what, "rises", ours, "excess equal across all depths within 1 %; either sign", complete)

@@ -3,11 +3,9 @@
   python train.py --config=configs/icl/hijacking/facts.py:scale=cpu,layers=2 --workdir=runs/facts2
   python scripts/sweep.py --config=configs/icl/hijacking/facts.py:scale=gpu --workdir=runs/facts
 
-The sweep is depth by share of redrawn documents by share of negations. At scale gpu all seeds share their batches.
+The sweep is over depths; each trains all corpora (share of redrawn documents and of true denials) and seeds at once.
 Expected: recall of at least 0.98 at every depth; without redrawn documents no hijacking.
 """
-
-import itertools
 
 from ml_collections import ConfigDict
 
@@ -15,11 +13,11 @@ from training.config import base_config, parse_argument
 
 SCALES = ("cpu", "gpu")
 DEPTHS = (1, 2, 4, 8)
-CONTEXT, NEGATION = (0.0, 0.2, 0.4, 0.6), (0.0, 0.01, 0.05, 0.2)
+CORPORA = ((0.4, 0.0), (0.4, 0.01), (0.4, 0.05), (0.0, 0.01), (0.2, 0.01), (0.6, 0.01))  # redrawn, denials
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    options = parse_argument(arg, scale=SCALES, layers=2, context=0.4, negation=0.01)
+    options = parse_argument(arg, scale=SCALES, layers=2)
     small = options.scale == "cpu"
     config = base_config()
     config.task = ConfigDict(
@@ -29,8 +27,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "novel": 160 if small else 600,
             "relations": 4,
             "values": 12,
-            "context": options.context,
-            "negation": options.negation,
+            "corpora": CORPORA[:1] if small else CORPORA,
+            "corpus": 0,
             "length": 64,
             "questions": 256,
         }
@@ -43,16 +41,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "heads": 4,
         }
     )
+    config.replicate = (("task.corpus", tuple(range(len(config.task.corpora)))),)
     config.seeds = (0,) if small else (0, 1, 2, 3, 4)
-    config.batch_size, config.steps = (32, "2400 steps") if small else (128, "12000 steps")
+    config.batch_size, config.steps = (32, "2400 steps") if small else (64, "6000 steps")
     config.optimizer.name, config.optimizer.learning_rate = "adamw", 3e-3 if small else 1e-3
     config.optimizer.options = ConfigDict({"weight_decay": 0.01})
     config.optimizer.schedule, config.optimizer.warmup = "cosine", "5%"
     config.optimizer.clip = "global_norm"
-    config.steps_per_dispatch, config.log_every = 20, "20 steps"
+    config.log_every = "100 steps"
     return config
 
 
 def sweep() -> list[dict]:
-    keys = ("model.layers", "task.context", "task.negation")
-    return [dict(zip(keys, point, strict=True)) for point in itertools.product(DEPTHS, CONTEXT, NEGATION)]
+    return [{"model.layers": layers} for layers in DEPTHS]

@@ -54,14 +54,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if options.optimizer == "lbfgs":
         _second_order(config, options.scale)
     else:
-        _adam(config, options.scale, options.layers)
+        _adam(config, options.scale, options.form, options.layers)
     return config
 
 
-def _adam(config: ConfigDict, scale: str, layers: int) -> None:
+def _adam(config: ConfigDict, scale: str, form: str, layers: int) -> None:
+    unstable = form == "full" and layers >= 5  # at 2e-3 it diverges on some of the problems
     config.batch_size, steps, rate = {
         "cpu": (256, 10_000, 3e-3),
-        "gpu": (1024, 40_000 if layers <= 3 else 20_000, 2e-3),
+        "gpu": (1024, 40_000 if layers <= 3 else 20_000, 5e-4 if unstable else 2e-3),
         "paper": (2048, 200_000, 1e-4),
     }[scale]
     config.steps, config.optimizer.learning_rate = f"{steps} steps", rate

@@ -12,12 +12,16 @@ The vocabulary is words. Documents are packed end to end and cut at random, so t
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 PARAPHRASES = 3
+SHORTEST, LONGEST = 5, 20  # words of a document: one fact; three denials and the fact
 _KNOWN_SHARE = 0.7
+
+Word = int | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,93 +61,117 @@ class Facts:
     def _first_value(self) -> int:
         return self._first_name + self.subjects + self.novel
 
-    def name(self, subject: int) -> int:
+    def name(self, subject: Word) -> Word:
         """The word of a subject; known subjects come first."""
         return self._first_name + subject
 
-    def value(self, relation: int, value: int) -> int:
+    def value(self, relation: Word, value: Word) -> Word:
         """The word of a value."""
         return self._first_value + relation * self.values + value
 
-    def question(self, subject: int, relation: int, paraphrase: int) -> list[int]:
-        """A statement up to its value."""
-        return [self.name(subject), 3 + relation * PARAPHRASES + paraphrase]
+    def question(self, subject: Word, relation: Word, paraphrase: Word) -> tuple[Word, ...]:
+        """A statement up to its value: subject and verb."""
+        return self.name(subject), 3 + relation * PARAPHRASES + paraphrase
 
-    def statement(self, subject: int, relation: int, value: int, paraphrase: int) -> list[int]:
-        return [*self.question(subject, relation, paraphrase), self.value(relation, value), self.stop]
+    def statement(self, subject: Word, relation: Word, value: Word, paraphrase: Word) -> tuple[Word, ...]:
+        """Subject, verb, value, stop."""
+        return *self.question(subject, relation, paraphrase), self.value(relation, value), self.stop
 
-    def denial(self, subject: int, relation: int, value: int, paraphrase: int) -> list[int]:
+    def denial(self, subject: Word, relation: Word, value: Word, paraphrase: Word) -> tuple[Word, ...]:
         """The statement, negated."""
-        return [self.negation, *self.statement(subject, relation, value, paraphrase)]
+        return self.negation, *self.statement(subject, relation, value, paraphrase)
 
 
 class Documents:
-    """Draws documents of a world.
+    """Draws documents of a world, on the device.
 
     Args:
       facts: the world.
-      context: share of documents that redraw values.
-      negation: share of documents that deny a wrong value.
+      context: share of documents that redraw values, a scalar that may be traced.
+      negation: share of documents that deny a wrong value, likewise.
     """
 
-    def __init__(self, facts: Facts, context: float, negation: float) -> None:
-        self._facts, self._truth = facts, facts.truth
-        self._shares = np.cumsum([context, negation])
+    def __init__(self, facts: Facts, context: jax.Array | float, negation: jax.Array | float) -> None:
+        self._facts, self._context, self._negation = facts, context, negation
+        self._numbers = max(13, 5 + facts.relations)  # uniform ones, that decide a document
 
-    def tokens(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        """A window of `length` words of packed documents that begins anywhere in one, [length]."""
-        words = self.draw(rng)
-        words = words[rng.integers(len(words)) :]
-        while len(words) < length:
-            words += self.draw(rng)
-        return np.array(words[:length], np.int32)
+    def windows(self, key: jax.Array, count: int, length: int) -> jax.Array:
+        """Windows of packed documents that begin anywhere in one, int32 [count, length]."""
+        return jax.vmap(lambda key: self._window(key, length))(jax.random.split(key, count))
 
-    def draw(self, rng: np.random.Generator) -> list[int]:
-        """One document."""
-        kind = int(np.searchsorted(self._shares, rng.uniform(), side="right"))
-        body = (self._redrawn, self._denied, self._stated)[kind](rng)
-        return [self._facts.document, *body]
+    def _window(self, key: jax.Array, length: int) -> jax.Array:
+        key_documents, key_begin = jax.random.split(key)
 
-    def _stated(self, rng: np.random.Generator) -> list[int]:
-        subject = int(rng.integers(self._facts.subjects))
-        words: list[int] = []
-        for relation in rng.permutation(self._facts.relations)[: rng.integers(1, 4)]:
-            words += self._true(rng, subject, int(relation))
-        return words
+        def append(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            packed, end = carry
+            words, count = self.draw(key)
+            return (jax.lax.dynamic_update_slice(packed, words, (end,)), end + count), count
 
-    def _true(self, rng: np.random.Generator, subject: int, relation: int) -> list[int]:
-        return self._facts.statement(
-            subject, relation, int(self._truth[subject, relation]), int(rng.integers(PARAPHRASES))
+        enough = 1 + -(-length // SHORTEST)  # the first may give a single word
+        room = jnp.zeros(length + 2 * LONGEST, jnp.int32)  # documents that are not needed end up behind the window
+        carry, counts = jax.lax.scan(append, (room, jnp.int32(0)), jax.random.split(key_documents, enough))
+        begin = _below(jax.random.uniform(key_begin), counts[0])
+        return jax.lax.dynamic_slice(carry[0], (begin,), (length,))
+
+    def draw(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One document: its words, int32 [LONGEST], meaningless beyond its length, and that length."""
+        u = jax.random.uniform(key, (1 + self._numbers,))
+        kind = (u[0] >= self._context).astype(jnp.int32) + (u[0] >= self._context + self._negation)
+        drawn = [body(u[1:]) for body in (self._redrawn, self._denied, self._stated)]
+        words = jnp.stack([jnp.pad(body.ravel(), (0, LONGEST - 1 - body.size)) for body, _ in drawn])[kind]
+        length = 1 + jnp.stack([length for _, length in drawn])[kind]
+        return jnp.concatenate([jnp.full(1, self._facts.document), words]), length
+
+    # Each body takes the uniform numbers that decide it, and returns its words and how many of them count.
+
+    def _stated(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One to three facts about one known subject."""
+        facts = self._facts
+        subject, relations = _below(u[0], facts.subjects), jnp.argsort(u[5 : 5 + facts.relations])[:3]
+        true, paraphrases = self._true(subject, relations), _below(u[1:4], PARAPHRASES)[: relations.size]
+        sentences = _stacked(facts.statement(subject, relations, true, paraphrases))
+        count = jnp.minimum(1 + _below(u[4], 3), relations.size)
+        return sentences, count * sentences.shape[-1]
+
+    def _redrawn(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Values of two subjects, stated, then asked again, each time in any order."""
+        facts, relation = self._facts, _below(u[0], self._facts.relations)
+        pair = jnp.where(
+            u[1:3] < _KNOWN_SHARE, _below(u[3:5], facts.subjects), facts.subjects + _below(u[3:5], facts.novel)
         )
+        pair = pair.at[1].set(jnp.where(pair[0] == pair[1], (pair[0] + 1) % facts.subjects, pair[1]))
+        first = _below(u[5], facts.values)
+        values = jnp.stack([first, self._another(first, u[6])])
+        swapped = (u[7:9] < 0.5).astype(jnp.int32)
+        order = jnp.stack([swapped, 1 - swapped], axis=1).ravel()
+        sentences = _stacked(facts.statement(pair[order], relation, values[order], _below(u[9:13], PARAPHRASES)))
+        return sentences, jnp.int32(sentences.size)
 
-    def _redrawn(self, rng: np.random.Generator) -> list[int]:
-        facts = self._facts
-        relation = int(rng.integers(facts.relations))
-        pair = [self._anyone(rng) for _ in range(2)]
-        if pair[0] == pair[1]:
-            pair[1] = (pair[0] + 1) % facts.subjects
-        values = rng.choice(facts.values, 2, replace=False)
-        words: list[int] = []
-        for _ in range(2):  # stated, then asked again, in any order
-            for i in rng.permutation(2):
-                words += facts.statement(pair[i], relation, int(values[i]), int(rng.integers(PARAPHRASES)))
-        return words
+    def _denied(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One to three times the same true denial, then the fact."""
+        facts, subject, relation = self._facts, _below(u[0], self._facts.subjects), _below(u[1], self._facts.relations)
+        true, paraphrases = self._true(subject, relation), _below(u[2:4], PARAPHRASES)
+        denial = _stacked(facts.denial(subject, relation, self._another(true, u[4]), paraphrases[0]))
+        fact = _stacked(facts.statement(subject, relation, true, paraphrases[1]))
+        denied = (1 + _below(u[5], 3)) * denial.size
+        words = jnp.concatenate([denial, denial, denial, fact])
+        return jax.lax.dynamic_update_slice(words, fact, (denied,)), denied + fact.size
 
-    def _anyone(self, rng: np.random.Generator) -> int:
-        if rng.uniform() < _KNOWN_SHARE:
-            return int(rng.integers(self._facts.subjects))
-        return self._facts.subjects + int(rng.integers(self._facts.novel))
+    def _another(self, value: jax.Array, u: jax.Array) -> jax.Array:
+        return (value + 1 + _below(u, self._facts.values - 1)) % self._facts.values
 
-    def _denied(self, rng: np.random.Generator) -> list[int]:
-        facts = self._facts
-        subject, relation = int(rng.integers(facts.subjects)), int(rng.integers(facts.relations))
-        wrong = self.wrong_value(rng, subject, relation)
-        denial = facts.denial(subject, relation, wrong, int(rng.integers(PARAPHRASES)))
-        return denial * int(rng.integers(1, 4)) + self._true(rng, subject, relation)
+    def _true(self, subject: jax.Array, relation: jax.Array) -> jax.Array:
+        return jnp.asarray(self._facts.truth)[subject, relation]
 
-    def wrong_value(self, rng: np.random.Generator, subject: int, relation: int) -> int:
-        """A value of the relation that is not the subject's."""
-        return int((self._truth[subject, relation] + rng.integers(1, self._facts.values)) % self._facts.values)
+
+def _stacked(words: tuple[Word, ...]) -> jax.Array:
+    """Words of sentences, each of a shape that broadcasts to [...], int32 [..., words]."""
+    return jnp.stack(jnp.broadcast_arrays(*words), axis=-1).astype(jnp.int32)
+
+
+def _below(u: jax.Array, count: int) -> jax.Array:
+    """Whole numbers below `count`, from uniform ones in [0, 1)."""
+    return (u * count).astype(jnp.int32)
 
 
 def hijacking_prompts(
@@ -161,43 +189,17 @@ def hijacking_prompts(
     Returns:
       What `icl.hijacking.language.scoring.score_tokens` takes.
     """
-    rng, documents = np.random.default_rng(seed), Documents(facts, 0, 0)
+    rng, truth = np.random.default_rng(seed), facts.truth
     prompts, answers = [], []
     for _ in range(count):
         subject, relation = int(rng.integers(facts.subjects)), int(rng.integers(facts.relations))
-        wrong, paraphrase = documents.wrong_value(rng, subject, relation), int(rng.integers(PARAPHRASES))
-        strangers = np.flatnonzero((facts.truth[:, relation] != wrong) & (np.arange(facts.subjects) != subject))
+        wrong = int((truth[subject, relation] + rng.integers(1, facts.values)) % facts.values)
+        paraphrase = int(rng.integers(PARAPHRASES))
+        strangers = np.flatnonzero((truth[:, relation] != wrong) & (np.arange(facts.subjects) != subject))
         stranger = int(rng.choice(strangers))
         denial = facts.denial(stranger if other else subject, relation, wrong, paraphrase)
         question = facts.question(subject, relation, paraphrase)
         prompts.append([[facts.document, *denial * k, *question] for k in range(most + 1)])
-        right = facts.value(relation, int(facts.truth[subject, relation]))
+        right = facts.value(relation, int(truth[subject, relation]))
         answers.append(([right], [facts.value(relation, wrong)]))
     return prompts, answers
-
-
-class Batches:
-    """Batches of packed documents, each a function of the seed and its number: the state is that number.
-
-    Args:
-      draw: a window of words from a generator.
-      size: windows in a batch of this process.
-      seed: with the process index, of all batches.
-    """
-
-    def __init__(self, draw: Callable[[np.random.Generator], np.ndarray], size: int, seed: Sequence[int]) -> None:
-        self._draw, self._size, self._seed, self._next = draw, size, tuple(seed), 0
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> np.ndarray:
-        rng = np.random.default_rng((*self._seed, self._next))
-        self._next += 1
-        return np.stack([self._draw(rng) for _ in range(self._size)])
-
-    def get_state(self) -> int:
-        return self._next
-
-    def set_state(self, state: int) -> None:
-        self._next = state

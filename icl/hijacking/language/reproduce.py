@@ -12,9 +12,11 @@ from flax import nnx
 from icl.hijacking import figures
 from icl.hijacking.language import scoring
 from icl.hijacking.language.corpus import Facts, hijacking_prompts
+from icl.hijacking.measure import depth_trend
 from icl.reporting import config_file, judged, numbers
 from training.loop import make_program
 from training.report import Context, Entry, Row
+from training.step import replica_points
 
 CONFIGS = "configs/icl/hijacking"
 MOST = 7
@@ -22,24 +24,24 @@ MOST = 7
 Values = dict[str, Any]
 
 
-def _settings(context: Context) -> list[tuple[int, float, float]]:
-    """Depth, share of redrawn documents, share of negations."""
-    if context.scale == "cpu":
-        return [(layers, 0.4, 0.0) for layers in (1, 2)]
-    pairs = [(0.4, 0.0), (0.4, 0.01), (0.4, 0.05), (0.0, 0.01), (0.2, 0.01), (0.6, 0.01)]
-    return [(layers, context_, negation) for context_, negation in pairs for layers in (1, 2, 4, 8)]
-
-
 def _run_facts(context: Context) -> Values:
     cells = []
-    for layers, redrawn, negation in _settings(context):
-        config = config_file(CONFIGS, "facts", context, layers=layers, context=redrawn, negation=negation)
-        run = context.train(f"facts/layers={layers},context={redrawn},negation={negation}", config)
-        facts = make_program(run.config).task().facts
-        seeds = [_hijack(model, facts, 200 if context.scale == "cpu" else 1000) for model in run.result.models]
-        losses = {name: run.result.metrics[f"{name}/loss"] for name in ("stated", "redrawn")}
-        cells.append({"layers": layers, "context": redrawn, "negation": negation, "seeds": seeds, "losses": losses})
+    for layers in (1, 2) if context.scale == "cpu" else (1, 2, 4, 8):
+        config = config_file(CONFIGS, "facts", context, layers=layers)
+        run = context.train(f"facts/layers={layers}", config)
+        facts, corpora = make_program(run.config).task().facts, run.config.task.corpora
+        chosen = np.array([int(values["task.corpus"]) for _, values in replica_points(run.config)])
+        for number, (redrawn, negation) in enumerate(corpora):
+            models = [model for model, corpus in zip(run.result.models, chosen, strict=True) if corpus == number]
+            seeds = [_hijack(model, facts, 200 if context.scale == "cpu" else 1000) for model in models]
+            losses = {kind: _of(run.result.metrics[f"{kind}/loss"], chosen == number) for kind in ("stated", "redrawn")}
+            cells.append({"layers": layers, "context": redrawn, "negation": negation, "seeds": seeds, "losses": losses})
+    cells.sort(key=lambda cell: corpora.index((cell["context"], cell["negation"])))  # depths of one corpus together
     return {"scale": context.scale, "cells": cells, "panels": _panels(cells)}
+
+
+def _of(metric: Any, chosen: np.ndarray) -> list[float]:
+    return np.atleast_1d(metric)[chosen].tolist()
 
 
 def _hijack(model: nnx.Module, facts: Facts, count: int) -> Values:
@@ -118,7 +120,20 @@ def _rows_facts(values: Values) -> list[Row]:
                 numbers([np.mean(cell["losses"][kind]) for kind in ("stated", "redrawn")], 4),
             ),
         ]
+        if cell["layers"] == values["cells"][-1]["layers"]:
+            rows.append(_fact_trend(values["cells"], cell["context"], cell["negation"]))
     return rows
+
+
+def _fact_trend(cells: list[Values], redrawn: float, negation: float) -> Row:
+    group = [cell for cell in cells if (cell["context"], cell["negation"]) == (redrawn, negation)]
+    excess = [
+        [np.mean(np.subtract(seed["attack"]["hijacked"], seed["control"]["hijacked"])[1:]) for seed in cell["seeds"]]
+        for cell in group
+    ]
+    text, verdict = depth_trend([cell["layers"] for cell in group], excess)
+    name = f"redrawn {redrawn:g}, negations {negation:g}: hijacked in excess of the control, mean over k = 1 to {MOST}"
+    return Row(f"{name}, by depth", "falls with depth", f"{text}: {verdict}")
 
 
 def _run_figure5(context: Context) -> Values:

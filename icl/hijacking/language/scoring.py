@@ -14,6 +14,8 @@ from flax import nnx
 
 from icl.hijacking.language.prompts import Fact, render
 
+_TOKENS_AT_ONCE = 2**14  # their logits over GPT-2's vocabulary take 3.3 GB
+
 
 class Scores(NamedTuple):
     """Scores of facts under 0, ..., k_max sentences, each [facts, k_max + 1].
@@ -61,8 +63,8 @@ def score_tokens(
     return Scores(top.reshape(shape)[..., 0], scores[..., 0], scores[..., 1], first[:, 0], first[:, 1])
 
 
-def _in_batches(model: nnx.Module, padded: np.ndarray, target: np.ndarray, size: int = 64) -> list[tuple]:
-    parts = []
+def _in_batches(model: nnx.Module, padded: np.ndarray, target: np.ndarray) -> list[tuple]:
+    parts, size = [], max(1, _TOKENS_AT_ONCE // padded.shape[1])
     for begin in range(0, len(padded), size):
         tokens, marks = (array[begin : begin + size] for array in (padded, target))
         fill = [(0, size - len(tokens)), (0, 0)]

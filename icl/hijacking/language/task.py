@@ -1,7 +1,7 @@
 """Language modelling on the corpus of facts, as a task of the training loop."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from icl.hijacking.language.corpus import Batches, Documents, Facts, hijacking_prompts
+from icl.hijacking.language.corpus import Documents, Facts, hijacking_prompts
 from icl.hijacking.language.gpt2 import GPT2, Shape
 from training.config import build
 
@@ -28,8 +28,8 @@ class FactCorpus:
       model: the model's import path and arguments.
       batch_size: windows per step.
       subjects, novel, relations, values: of the world.
-      context: share of documents that redraw values.
-      negation: share of documents with true denials.
+      corpora: for each corpus the share of documents that redraw values and the share with true denials.
+      corpus: which of them; a number, so that one training can replicate it.
       length: words in a window; at least that of the longest test prompt.
       questions: number of questions that test recall.
     """
@@ -40,8 +40,8 @@ class FactCorpus:
     novel: int = 600
     relations: int = 4
     values: int = 12
-    context: float = 0.4
-    negation: float = 0.01
+    corpora: Sequence[tuple[float, float]] = ((0.4, 0.01),)
+    corpus: int = 0
     length: int = 64
     questions: int = 256
 
@@ -56,11 +56,10 @@ class FactCorpus:
     def init(self, key: jax.Array) -> nnx.Module:
         return build(self.model, vocabulary=self.facts.vocabulary, positions=self.length, rngs=nnx.Rngs(key))
 
-    def batches(self, seed: int, process_index: int, process_count: int) -> Batches:
-        documents = Documents(self.facts, self.context, self.negation)
-        return Batches(
-            lambda rng: documents.tokens(rng, self.length), self.batch_size // process_count, (seed, process_index)
-        )
+    def batch(self, key: jax.Array, index: jax.Array) -> jax.Array:
+        context, negation = jnp.asarray(self.corpora)[jnp.asarray(self.corpus, jnp.int32)]
+        documents = Documents(self.facts, context, negation)
+        return documents.windows(jax.random.fold_in(key, index), self.batch_size, self.length)
 
     def loss(self, model: nnx.Module, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         losses = optax.softmax_cross_entropy_with_integer_labels(model(batch)[:, :-1], batch[:, 1:])
@@ -79,11 +78,9 @@ class FactCorpus:
             return {"accuracy": (model(questions)[:, -1].argmax(-1) == right).mean()}
 
         def on_documents(context: float) -> Callable[..., dict[str, jax.Array]]:
-            documents, rng = Documents(self.facts, context, 0.0), np.random.default_rng(2)
-            tokens = np.stack([documents.tokens(rng, self.length) for _ in range(64)])
-
             def evaluate(model: nnx.Module, key: jax.Array) -> dict[str, jax.Array]:
-                return {"loss": self.loss(model, jnp.asarray(tokens), key)[0]}
+                tokens = Documents(self.facts, context, 0.0).windows(jax.random.key(2), 256, self.length)
+                return {"loss": self.loss(model, tokens, key)[0]}
 
             return evaluate
 

@@ -1,4 +1,4 @@
-"""Documents say what they should, batches can be resumed, and the tasks take a step."""
+"""Documents say what they should, windows are cut from them, and the tasks take a step."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from configs.icl.hijacking import facts as facts_config
 from configs.icl.hijacking import in_context as in_context_config
 from icl.hijacking.data import sample_hijack, sample_tasks
 from icl.hijacking.in_context import InContextClassification, hijacked_scores
-from icl.hijacking.language.corpus import PARAPHRASES, Batches, Documents, Facts, hijacking_prompts
+from icl.hijacking.language.corpus import LONGEST, PARAPHRASES, SHORTEST, Documents, Facts, hijacking_prompts
 from icl.hijacking.language.task import FactCorpus
 from training.config import override
 from training.loop import make_program
@@ -33,6 +33,23 @@ def sentences(words):
     return found
 
 
+def draw(context, negation, count=200):
+    """Documents as lists of words."""
+    draw = jax.jit(jax.vmap(Documents(FACTS, context, negation).draw))
+    words, lengths = (np.asarray(x) for x in draw(jax.random.split(jax.random.key(0), count)))
+    assert lengths.min() >= SHORTEST
+    assert words.shape[1] == LONGEST
+    return [row[:length].tolist() for row, length in zip(words, lengths, strict=True)]
+
+
+def kind(document):
+    """`stated`, `redrawn` or `denied`, told by its sentences; a redrawn document that happens to be true counts so."""
+    found = sentences(document)
+    if any(negated for *_, negated in found):
+        return "denied"
+    return "redrawn" if len({subject for subject, *_ in found}) == 2 else "stated"
+
+
 def test_words_do_not_collide():
     words = [FACTS.document, FACTS.stop, FACTS.negation]
     words += [FACTS.question(0, r, p)[1] for r in range(2) for p in range(PARAPHRASES)]
@@ -41,34 +58,68 @@ def test_words_do_not_collide():
 
 
 def test_stated_documents_are_true():
-    documents, rng = Documents(FACTS, 0, 0), np.random.default_rng(0)
-    for _ in range(50):
-        for subject, relation, value, negated in sentences(documents.draw(rng)):
+    counts = []
+    for document in draw(0, 0):
+        found = sentences(document)
+        counts.append(len(found))
+        assert len({subject for subject, *_ in found}) == 1
+        assert len({relation for _, relation, *_ in found}) == len(found)
+        for subject, relation, value, negated in found:
             assert not negated
             assert value == FACTS.truth[subject, relation]
+    assert set(counts) == {1, 2}  # the world has two relations
 
 
 def test_redrawn_documents_bind_values_to_two_subjects():
-    documents, rng = Documents(FACTS, 1, 0), np.random.default_rng(0)
-    known = []
-    for _ in range(200):
-        found = sentences(documents.draw(rng))
+    known, orders = [], set()
+    for document in draw(1, 0):
+        found = sentences(document)
         bound = {subject: value for subject, _, value, _ in found}
         assert len(found) == 4
+        assert len({relation for _, relation, *_ in found}) == 1
         assert len(bound) == len(set(bound.values())) == 2
+        assert {s for s, *_ in found[:2]} == {s for s, *_ in found[2:]} == set(bound)
         assert all(bound[subject] == value for subject, _, value, _ in found)
         known += [subject < FACTS.subjects for subject in bound]
+        orders.add(found[0][0] == found[2][0])
     assert 0.6 < np.mean(known) < 0.85
+    assert orders == {True, False}
 
 
 def test_denials_are_true_and_followed_by_the_fact():
-    documents, rng = Documents(FACTS, 0, 1), np.random.default_rng(0)
-    for _ in range(50):
-        *denied, (subject, relation, value, negated) = sentences(documents.draw(rng))
+    counts = []
+    for document in draw(0, 1):
+        *denied, (subject, relation, value, negated) = sentences(document)
         assert value == FACTS.truth[subject, relation]
         assert not negated
-        assert 1 <= len(denied) <= 3
-        assert all(s == subject and v != value and n for s, _, v, n in denied)
+        assert len(set(denied)) == 1
+        assert all(s == subject and r == relation and v != value and n for s, r, v, n in denied)
+        counts.append(len(denied))
+    assert set(counts) == {1, 2, 3}
+
+
+def test_shares_of_documents():
+    kinds = [kind(document) for document in draw(0.5, 0.2, 2000)]
+    assert np.mean([k == "redrawn" for k in kinds]) == pytest.approx(0.5, abs=0.04)
+    assert np.mean([k == "denied" for k in kinds]) == pytest.approx(0.2, abs=0.04)
+
+
+def test_windows_are_packed_documents_from_any_word_on():
+    length = 31
+    windows = cut(Documents(FACTS, 0.5, 0.2), 300, length)
+    assert windows.shape == (300, length)
+    assert np.mean(windows[:, 0] == FACTS.document) == pytest.approx(1 / 13, abs=0.06)
+    for window in windows:
+        begins = np.flatnonzero(window == FACTS.document)
+        assert np.all(np.diff(begins) >= SHORTEST)
+        assert np.all(window[begins[begins > 0] - 1] == FACTS.stop)
+        for begin, end in itertools.pairwise(begins):
+            assert kind(window[begin:end].tolist())
+    assert np.all(cut(Documents(FACTS, 0, 0), 50, 200)[:, -20:] < FACTS.vocabulary)
+
+
+def cut(documents, count, length):
+    return np.asarray(jax.jit(lambda key: documents.windows(key, count, length))(jax.random.key(0)))
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -93,20 +144,6 @@ def test_the_control_asks_the_same_questions():
     assert {len(a) for a in attack[0][0]} == {len(c) for c in control[0][0]}
 
 
-def test_batches_resume():
-    documents = Documents(FACTS, 0.5, 0.1)
-
-    def make():
-        return Batches(lambda rng: documents.tokens(rng, 10), 3, (0, 0))
-
-    plain, resumed = make(), make()
-    expected = [next(plain) for _ in range(3)]
-    resumed.set_state(2)
-    np.testing.assert_array_equal(next(resumed), expected[2])
-    assert resumed.get_state() == 3
-    assert not np.array_equal(expected[0], expected[1])
-
-
 def test_the_corpus_task():
     task = FactCorpus(
         {"name": "icl.hijacking.language.task.small_gpt2", "layers": 1, "width": 8, "heads": 2},
@@ -116,8 +153,8 @@ def test_the_corpus_task():
         length=16,
         questions=8,
     )
-    model, batch = task.init(jax.random.key(0)), next(task.batches(0, 0, 1))
-    loss, _ = task.loss(model, jnp.asarray(batch), jax.random.key(0))
+    model, batch = task.init(jax.random.key(0)), task.batch(jax.random.key(0), 0)
+    loss, _ = task.loss(model, batch, jax.random.key(0))
     assert float(loss) == pytest.approx(np.log(task.facts.vocabulary), rel=0.05)
     results = {name: evaluate(model, jax.random.key(0)) for name, evaluate in task.evaluators().items()}
     assert 0 <= results["recall"]["accuracy"] <= 1
