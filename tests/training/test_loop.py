@@ -72,7 +72,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(data, tmp_path, monkeypatch):
     assert result.metrics == json.loads((tmp_path / "whole" / "finished.json").read_text())["metrics"]
 
 
-def test_killed_at_ten_random_moments(tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(times, tmp_path):
     overrides = {"steps": "6000 steps", "checkpoint_every": "200 steps", "eval_every": "1000 steps"}
     config = override(get_config("host"), overrides)
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -84,7 +85,7 @@ def test_killed_at_ten_random_moments(tmp_path):
     assert start("whole").wait() == 0
     moments = random.Random(0)
     kills = 0
-    while kills < 10:
+    while kills < times:
         process = start("killed")
         before = steps_done(tmp_path / "killed")
         while steps_done(tmp_path / "killed") <= before and process.poll() is None:
