@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.scipy import special
 from scipy import stats
-from scipy.special import ndtr, ndtri
 
 from icl.hijacking.data import clean_gram, sample_hijack, sample_tasks
 from icl.hijacking.task import clean_accuracy, expected_errors
@@ -114,26 +114,42 @@ def bayes_accuracy(
     x = rng.normal(size=(prompts, max(lengths), dimension))
     signed = x * np.sign(np.einsum("bnd,bd->bn", x, w))[..., None]
     results = []
-    for length in lengths:
-        rows, state, total = signed[:, :length], g.copy(), np.zeros_like(g)
-        margins = np.einsum("bnd,bd->bn", rows, state)
-        for sweep in range(sweeps):
-            for j in range(dimension):
-                column = rows[..., j]
-                rest = margins - column * state[:, j : j + 1]
-                bound = -rest / column  # column g_j > -rest: a lower bound where column > 0, else an upper one
-                low = np.where(column > 0, bound, -np.inf).max(1, initial=-np.inf)
-                high = np.where(column < 0, bound, np.inf).min(1, initial=np.inf)
-                a, b = ndtr((low - 1) / spread), ndtr((high - 1) / spread)
-                drawn = 1 + spread * ndtri(np.clip(a + (b - a) * rng.uniform(size=prompts), 1e-300, 1 - 1e-16))
-                state[:, j] = np.clip(drawn, low, high)
-                margins = rest + column * state[:, j : j + 1]
-            if sweep >= sweeps // 5:
-                total += state / np.linalg.norm(state, axis=1, keepdims=True)
-        cosine = (total * w).sum(1) / np.linalg.norm(total, axis=1)
-        accuracy = 1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi
-        results.append({"mean": float(accuracy.mean()), "error": float(accuracy.std() / np.sqrt(prompts))})
+    with jax.enable_x64(True):
+        for length in lengths:
+            mean = np.asarray(_mean_direction(jnp.asarray(signed.T), jnp.asarray(g.T), spread, length, sweeps, seed))
+            cosine = (mean.T * w).sum(1) / np.linalg.norm(mean, axis=0)
+            accuracy = 1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi
+            results.append({"mean": float(accuracy.mean()), "error": float(accuracy.std() / np.sqrt(prompts))})
     return results
+
+
+@functools.partial(jax.jit, static_argnames="sweeps")
+def _mean_direction(
+    signed: jax.Array, g: jax.Array, spread: float, length: jax.Array, sweeps: int, seed: jax.Array
+) -> jax.Array:
+    """Sum of g / ||g|| over sweeps, [d, prompts], for the first `length` of the examples `y_i x_i` [d, n, prompts]."""
+    counts = (jnp.arange(signed.shape[1]) < length)[:, None]
+    begin = jnp.where(counts, (signed * g[:, None]).sum(0), 0)
+
+    def coordinate(margins: jax.Array, one: tuple) -> tuple[jax.Array, jax.Array]:
+        column, old, uniform = one
+        rest = margins - column * old
+        bound = -rest / column  # column g_j > -rest: a lower bound where column > 0, else an upper one
+        low = jnp.where(counts & (column > 0), bound, -jnp.inf).max(0)
+        high = jnp.where(counts & (column < 0), bound, jnp.inf).min(0)
+        a, b = special.ndtr((low - 1) / spread), special.ndtr((high - 1) / spread)
+        drawn = 1 + spread * special.ndtri(jnp.clip(a + (b - a) * uniform, 1e-300, 1 - 1e-16))
+        new = jnp.clip(drawn, low, high)
+        return rest + column * new, new
+
+    def sweep(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+        g, margins, total = carry
+        uniform = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), number), g.shape, g.dtype)
+        margins, g = jax.lax.scan(coordinate, margins, (signed, g, uniform))
+        direction = g / jnp.linalg.norm(g, axis=0)
+        return (g, margins, total + jnp.where(number >= sweeps // 5, direction, 0)), None
+
+    return jax.lax.scan(sweep, (g, begin, jnp.zeros_like(g)), jnp.arange(sweeps))[0][2]
 
 
 def depth_trend(layers: Sequence[int], values: np.ndarray) -> tuple[str, str]:
