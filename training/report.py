@@ -90,6 +90,10 @@ class Context:
         self.runs[name] = Run(resolved, workdir, loop.train(resolved, workdir))
         return self.runs[name]
 
+    def leaves_out(self, name: str) -> bool:
+        """Whether the training `name` is not finished and only finished ones count: its cells stay empty."""
+        return self._finished_only and loop.read_finished(self._workdir / self.scale / name) is None
+
     def metrics(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The last metrics of such a training; of a finished one the model is not loaded.
 

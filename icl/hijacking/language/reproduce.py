@@ -28,6 +28,8 @@ def _run_facts(context: Context) -> Values:
     cells = []
     for layers in (1, 2) if context.scale == "cpu" else (1, 2, 4, 8):
         config = config_file(CONFIGS, "facts", context, layers=layers)
+        if context.leaves_out(f"facts/layers={layers}"):
+            continue
         run = context.train(f"facts/layers={layers}", config)
         facts, corpora = make_program(run.config).task().facts, run.config.task.corpora
         chosen = np.array([int(values["task.corpus"]) for _, values in replica_points(run.config)])
@@ -35,8 +37,9 @@ def _run_facts(context: Context) -> Values:
             models = [model for model, corpus in zip(run.result.models, chosen, strict=True) if corpus == number]
             seeds = [_hijack(model, facts, 200 if context.scale == "cpu" else 1000) for model in models]
             losses = {kind: _of(run.result.metrics[f"{kind}/loss"], chosen == number) for kind in ("stated", "redrawn")}
-            cells.append({"layers": layers, "context": redrawn, "negation": negation, "seeds": seeds, "losses": losses})
-    cells.sort(key=lambda cell: corpora.index((cell["context"], cell["negation"])))  # depths of one corpus together
+            corpus = {"corpus": number, "context": redrawn, "negation": negation}
+            cells.append({"layers": layers, **corpus, "seeds": seeds, "losses": losses})
+    cells.sort(key=lambda cell: cell["corpus"])  # depths of one corpus together
     return {"scale": context.scale, "cells": cells, "panels": _panels(cells)}
 
 
