@@ -81,8 +81,11 @@ def _clean(
 def clean_quality(
     models: Sequence[nnx.Module], dimension: int, spread: float, lengths: Sequence[int], prompts: int
 ) -> dict[str, list]:
-    """Clean prompts by context length: `excess`, its `median` over prompts, and `accuracy`, each [lengths][models]."""
-    found: dict[str, list] = {"excess": [], "median": [], "accuracy": []}
+    """Clean prompts by context length: `excess`, its `median` over prompts, `accuracy` and `nonfinite`.
+
+    Each is [lengths][models]. Answers that are not finite count as wrong.
+    """
+    found: dict[str, list] = {"excess": [], "median": [], "accuracy": [], "nonfinite": []}
     with jax.enable_x64(True):
         graphdef, states = _in_float64(models)
         for length in lengths:
@@ -93,7 +96,8 @@ def clean_quality(
             excess = errors - (1 - 2 / np.pi)
             found["excess"].append(excess.mean(1).tolist())
             found["median"].append(np.median(excess, axis=1).tolist())
-            found["accuracy"].append(accuracy.mean(1).tolist())
+            found["accuracy"].append(np.nan_to_num(accuracy, nan=0.0).mean(1).tolist())
+            found["nonfinite"].append((~np.isfinite(accuracy)).mean(1).tolist())
     return found
 
 

@@ -471,14 +471,14 @@ def _rows_figure4(values: Values) -> list[Row]:
     rows = []
     for cell in values["cells"]:
         ceiling = values["ceilings"][str(cell["spread"])]
-        accuracy = np.array(cell["accuracy"])
+        accuracy, lost = np.array(cell["accuracy"]), np.max(cell["nonfinite"])
         margin = np.array([point["mean"] + 0.002 + 4 * point["error"] for point in ceiling])
         name = f"{_spread_name(cell['spread'])}, {'varied' if cell['varied'] else 'fixed'} length, L = {cell['layers']}"
         rows.append(
             Row(
                 f"{name}: clean accuracy with {', '.join(map(str, values['lengths']))} examples",
                 "about 1.000 for L >= 5",
-                numbers(accuracy.mean(1), 4),
+                numbers(accuracy.mean(1), 4) + (f"; {lost:.2g} not finite at most" if lost else ""),
                 f"below the Bayes ceiling {numbers([p['mean'] for p in ceiling], 4)} + 0.002 + 4 standard errors",
                 bool(np.all(accuracy.max(1) <= margin)),
             )
