@@ -521,6 +521,8 @@ def _run_figure7(context: Context) -> Values:
     panels = []
     for layers in depths:
         for form in FORMS:
+            if context.leaves_out(f"grid/form={form},layers={layers}"):
+                continue
             models, _ = _models(_grid(context, form, layers))["uniform:5"]
             found = measure.profile(models, sigmas, _by_scale(context, 4000, 20_000), range(layers + 1))
             panels.append({"form": form, "layers": layers, "loss": np.median(found["trimmed"], axis=1).tolist()})

@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.replicate = (("task.corpus", tuple(range(len(config.task.corpora)))),)
     config.seeds = (0,) if small else (0, 1, 2, 3, 4)
-    config.batch_size, config.steps = (32, "2400 steps") if small else (64, "6000 steps")
+    config.batch_size, config.steps = (32, "2400 steps") if small else (64, "5000 steps")
     config.optimizer.name, config.optimizer.learning_rate = "adamw", 3e-3 if small else 2e-3
     config.optimizer.options = ConfigDict({"weight_decay": 0.01})
     config.optimizer.schedule, config.optimizer.warmup = "cosine", "5%"
