@@ -4,6 +4,7 @@ Figure 1 of the paper is GPT-2 in four sizes, where depth, width and the number 
 weights `scripts/score_hijacking.py` measures it. Here depth alone varies, on a corpus of invented facts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 
 from icl.hijacking import figures
 from icl.hijacking.language import scoring
-from icl.hijacking.language.corpus import Facts, hijacking_prompts
+from icl.hijacking.language.corpus import hijacking_prompts
 from icl.hijacking.measure import depth_trend
 from icl.reporting import config_file, judged, numbers
 from training.loop import make_program
@@ -33,9 +34,12 @@ def _run_facts(context: Context) -> Values:
         run = context.train(f"facts/layers={layers}", config)
         facts, corpora = make_program(run.config).task().facts, run.config.task.corpora
         chosen = np.array([int(values["task.corpus"]) for _, values in replica_points(run.config)])
+        asked = [
+            hijacking_prompts(facts, 200 if context.scale == "cpu" else 500, MOST, other) for other in (False, True)
+        ]
         for number, (redrawn, negation) in enumerate(corpora):
             models = [model for model, corpus in zip(run.result.models, chosen, strict=True) if corpus == number]
-            seeds = [_hijack(model, facts, 200 if context.scale == "cpu" else 1000) for model in models]
+            seeds = [_hijack(model, asked) for model in models]
             losses = {kind: _of(run.result.metrics[f"{kind}/loss"], chosen == number) for kind in ("stated", "redrawn")}
             corpus = {"corpus": number, "context": redrawn, "negation": negation}
             cells.append({"layers": layers, **corpus, "seeds": seeds, "losses": losses})
@@ -47,11 +51,11 @@ def _of(metric: Any, chosen: np.ndarray) -> list[float]:
     return np.atleast_1d(metric)[chosen].tolist()
 
 
-def _hijack(model: nnx.Module, facts: Facts, count: int) -> Values:
+def _hijack(model: nnx.Module, asked: Sequence[tuple[list, list]]) -> Values:
     """One model under 0 to `MOST` denials of the subject asked about, and of another subject."""
     found: Values = {}
-    for name, other in (("attack", False), ("control", True)):
-        scores = scoring.score_tokens(model, *hijacking_prompts(facts, count, MOST, other))
+    for name, prompts in zip(("attack", "control"), asked, strict=True):
+        scores = scoring.score_tokens(model, *prompts)
         known = scoring.known(scores)
         kept = scoring.Scores(*(array[known] for array in scores)) if known.any() else scores
         flips = scoring.first_flips(kept)["error"]
