@@ -163,6 +163,8 @@ def depth_trend(layers: Sequence[int], values: np.ndarray) -> tuple[str, str]:
     """
     values = np.asarray(values)
     line = stats.linregress(np.repeat(np.log2(layers), values.shape[1]), values.ravel())
+    if values.size <= 2:
+        return f"{line.slope:+.4f} per doubling", "too few seeds to tell"
     half = line.stderr * stats.t.ppf(0.975, values.size - 2)
     low, high = line.slope - half, line.slope + half
     verdict = "rises" if low > 0 else "falls" if high < 0 else "no trend"
