@@ -54,16 +54,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if options.optimizer == "lbfgs":
         _second_order(config, options.scale)
     else:
-        _adam(config, options.scale, options.form, options.layers)
+        _adam(config, options.scale, options.layers)
     return config
 
 
-def _adam(config: ConfigDict, scale: str, form: str, layers: int) -> None:
-    # Full diverges on some of the problems: at 2e-3 from five layers on, at 5e-4 from six on.
-    rate = 2e-3 if form != "full" or layers < 5 else 5e-4 if layers == 5 else 2e-4
+def _adam(config: ConfigDict, scale: str, layers: int) -> None:
     config.batch_size, steps, rate = {
         "cpu": (256, 10_000, 3e-3),
-        "gpu": (1024, 40_000 if layers <= 3 else 20_000, rate),
+        "gpu": (1024, 40_000 if layers <= 3 else 20_000, 2e-3),
         "paper": (2048, 200_000, 1e-4),
     }[scale]
     config.steps, config.optimizer.learning_rate = f"{steps} steps", rate
