@@ -107,8 +107,10 @@ def test_every_parameter_learns(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_only_the_cache_of_softmax_grows(name):
+    module = mixer(name)
+
     def size(length: int) -> int:
-        cache = jax.eval_shape(lambda x: mixer(name).prefill(x, length)[1], X[:, :8])
+        cache = jax.eval_shape(lambda x: module.prefill(x, length)[1], X[:, :8])
         return sum(leaf.size for leaf in jax.tree.leaves(cache))
 
     assert (size(64) > size(16)) == (name == "softmax")
