@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lion.vision import vision_transformer
+from lion.vision import SIZES, vision_transformer
 from models.vision_transformer import VisionTransformer
 
 PATCH = 16
@@ -82,6 +82,12 @@ class Measured:
     seconds_to_compile: float | None = None
     failure: str = ""
 
+    def summary(self) -> str:
+        """One line."""
+        case = self.case
+        found = f"{self.milliseconds:.4g} ms, {self.gigabytes:.3g} GB" if self.milliseconds else self.failure
+        return f"{case.size}, {case.resolution} px, batch {case.batch}: {case.name}: {found}"
+
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
         numbers = {key: value for key, value in vars(self).items() if key != "case"}
@@ -89,7 +95,7 @@ class Measured:
 
 
 def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 8, seconds_a_case: float = 20.0) -> list[Measured]:
-    """Compiles all cases side by side, then times one after another.
+    """Compiles all cases side by side, then times one after another, and prints each.
 
     Args:
       cases: what to measure.
@@ -99,9 +105,12 @@ def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 8, seconds_
     """
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         programs = list(pool.map(_prepared, cases))
-    return [
-        program if isinstance(program, Measured) else measure(program, repeats, seconds_a_case) for program in programs
-    ]
+    results = []
+    for i, program in enumerate(programs):
+        programs[i] = None  # what is done frees the device's memory
+        results.append(program if isinstance(program, Measured) else measure(program, repeats, seconds_a_case))
+        print(f"   {i + 1} of {len(cases)}: {results[-1].summary()}", flush=True)
+    return results
 
 
 def _prepared(case: Case) -> Program | Measured:
@@ -171,18 +180,16 @@ def prepare(case: Case) -> Program:
 
 
 class _Parts:
-    """The model of a case as functions of its weights: those of the blocks, stacked, and the rest; or all of them."""
+    """The model of a case as functions of its weights."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.images = jax.ShapeDtypeStruct((case.batch, case.image_size, case.image_size, 3), jnp.bfloat16)
-        self._model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
-        self._whole = nnx.graphdef(self._model)
-        self._block = nnx.graphdef(self._model.blocks[0])  # those of all blocks do the same
+        self._graph = nnx.graphdef(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
 
     def _make(self, key: jax.Array) -> VisionTransformer:
         case = self.case
-        depth = {"depth": case.depth} if case.depth else {}
+        depth = case.depth or SIZES[case.size]["depth"]
         return vision_transformer(
             case.size,
             case.mixer,
@@ -190,32 +197,17 @@ class _Parts:
             image_size=case.image_size,
             patch=PATCH,
             classes=CLASSES,
+            depth=depth,
+            unroll=1 if case.loop else depth,
             rngs=nnx.Rngs(params=key),
-            **depth,
         )
 
     def weights(self, key: jax.Array) -> Any:
-        """All weights; for a loop over the blocks, those of what is no block, and those of the blocks, stacked."""
-        model = self._make(key)
-        if not self.case.loop:
-            return nnx.state(model)
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(block) for block in model.blocks))
-        model.blocks = nnx.List([])
-        return nnx.state(model), stacked
+        return nnx.state(self._make(key))
 
     def forward(self, weights: Any, images: jax.Array) -> jax.Array:
         """Logits."""
-        if not self.case.loop:
-            return nnx.merge(self._whole, weights)(images)
-        rest, stacked = weights
-        model = self._outside(rest)
-        x, _ = jax.lax.scan(lambda x, block: (nnx.merge(self._block, block)(x), None), model.tokens(images), stacked)
-        return model.logits(x)
-
-    def _outside(self, rest: Any) -> VisionTransformer:
-        model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
-        model.blocks = nnx.List([])
-        return nnx.merge(nnx.graphdef(model), rest)
+        return nnx.merge(self._graph, weights)(images)
 
 
 def _narrow(tree: Any) -> Any:

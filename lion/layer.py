@@ -65,7 +65,7 @@ class LinearMixer(nnx.Module):
     Args:
       width: of the tokens.
       heads: they share the width equally.
-      layer: index of the block.
+      layer: index of the block, for mixers that depend on it.
       grid: rows and columns of patches, where the tokens are an image's.
       class_token: whether token 0 is a class token.
       form, chunk_size, implementation: see `lion_attention`.
@@ -88,7 +88,7 @@ class LinearMixer(nnx.Module):
     ):
         if width % heads:
             raise UserError(f"a width of {width} does not split into {heads} heads")
-        self.heads, self.dim, self.layer, self.grid, self.class_token = heads, width // heads, layer, grid, class_token
+        self.heads, self.dim, self.grid, self.class_token = heads, width // heads, grid, class_token
         self.form, self.chunk_size, self.implementation = form, chunk_size, implementation
         self.stddev = stddev
         self.qkv = self.linear(width, 3 * width, rngs=rngs)
@@ -129,6 +129,7 @@ class Lion(LinearMixer):
       freeze_gate: whether the decays get no gradient.
       double_diagonal: whether a token counts itself twice.
       direction: "both", "forward", "backward", or "alternating": forward in even layers, backward in odd ones.
+      layer: index of the block.
       **shared: see `LinearMixer`.
     """
 
@@ -145,10 +146,11 @@ class Lion(LinearMixer):
         freeze_gate: bool = False,
         double_diagonal: bool = False,
         direction: str = "both",
+        layer: int = 0,
         rngs: nnx.Rngs,
         **shared,
     ):
-        super().__init__(width, heads, rngs=rngs, **shared)
+        super().__init__(width, heads, layer=layer, rngs=rngs, **shared)
         for name, value, choices in (
             ("decay", decay, DECAYS),
             ("feature_map", feature_map, FEATURE_MAPS),
@@ -160,7 +162,7 @@ class Lion(LinearMixer):
             raise UserError(f"scans={scans}: choose 1, or 2 for the patches of an image, which need their grid")
         self.decay, self.feature_map, self.normalize = decay, feature_map, normalize
         self.freeze_gate, self.double_diagonal = freeze_gate, double_diagonal
-        self.direction = ("forward", "backward")[self.layer % 2] if direction == "alternating" else direction
+        self.direction = ("forward", "backward")[layer % 2] if direction == "alternating" else direction
         orders = snake_orders(self.grid, self.class_token) if scans == 2 and decay != "none" else None
         self.orders = None if orders is None else tuple(tuple(map(int, order)) for order in orders)
         gates = 1 if self.orders is None else len(self.orders)

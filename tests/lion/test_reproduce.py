@@ -41,6 +41,16 @@ def test_what_contradicts_the_paper_is_said_and_what_the_seeds_do_not_show_is_le
     assert all(row.passed is None for row in ablation_table._rows(smoke))
 
 
+def test_arms_that_are_not_trained_yet_decide_nothing():
+    values = accuracies()
+    del values["accuracy"]["d"]
+    rows = {row.quantity: row for row in ablation_table._rows(values)}
+    assert rows["LION-D"].ours == "not trained"
+    assert "LION-S above LION-D" not in rows
+    assert rows["LION-S above LION-S, frozen gate"].passed
+    assert "rank correlation with the paper over 10 arms" in rows
+
+
 def test_difference():
     gap, error = ablation_table.difference([1, 2, 3], [0, 0, 0])
     assert gap == 2
