@@ -151,7 +151,7 @@ class VisionTransformer(nnx.Module):
 
         self.stacks, first = nnx.List([]), 0
         for group, repeats in runs([_kind(partial(block, layer)) for layer in range(depth)]):
-            makers = [partial(block, first + place) for place in range(len(group))]
+            makers = [partial(block, first + i) for i in range(len(group))]
             self.stacks.append(Blocks(makers, repeats, rngs=rngs))
             first += len(group) * repeats
         self.norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
