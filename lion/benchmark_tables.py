@@ -1,6 +1,7 @@
 """Times and memory of vision transformers: training steps (E3), resolutions (E4, E5), chunk sizes (E6)."""
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,11 @@ def _rate(record: Record) -> float | None:
     return 1e3 * record["batch"] / record["milliseconds"] if record["milliseconds"] else None
 
 
+def _workers(scale: str) -> int:
+    """Processes that compile; each has some GB of a GPU's memory."""
+    return 1 if scale == "cpu" else min(16, os.cpu_count())
+
+
 def _cost(record: Record) -> str:
     """Time and memory in one cell."""
     if not record["milliseconds"]:
@@ -69,7 +75,7 @@ def _run_training_speed(context: Context) -> Values:
         cases = training_cases({"Ti": 4}, depth=2, resolution=64)
     else:
         cases = training_cases({"S": 512, "B": 256})
-    measured = run_cases(cases, repeats=3 if context.scale == "cpu" else 20)
+    measured = run_cases(cases, repeats=3 if context.scale == "cpu" else 20, workers=_workers(context.scale))
     return {"scale": context.scale, "cases": [one.record() for one in measured]}
 
 
@@ -127,7 +133,7 @@ def _run_resolutions(context: Context, training: bool) -> Values:
         cases = resolution_cases("B", RESOLUTIONS, False, lambda tokens: images)
     if context.scale == "gpu":  # a scan of single tokens takes minutes; its memory is linear in them
         cases = [c for c in cases if dict(c.options).get("form") != "recurrent" or c.resolution <= 1024]
-    measured = run_cases(cases, repeats=3, seconds_a_case=3.0)
+    measured = run_cases(cases, repeats=3, seconds_a_case=3.0, workers=_workers(context.scale))
     return {"scale": context.scale, "cases": [one.record() for one in measured]}
 
 
@@ -249,7 +255,7 @@ def _run_chunk_sizes(context: Context) -> Values:
         cases = chunk_cases("Ti", 96, 2, (8, 16), depth=1)
     else:
         cases = chunk_cases("B", 1248, 16, (64, 128, 256, 512, 1024, 2048))
-    measured = run_cases(cases, repeats=3, seconds_a_case=3.0)
+    measured = run_cases(cases, repeats=3, seconds_a_case=3.0, workers=_workers(context.scale))
     return {"scale": context.scale, "cases": [one.record() for one in measured]}
 
 

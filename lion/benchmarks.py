@@ -6,11 +6,13 @@ after one to warm up, on images of noise; the optimiser's step is AdamW's, param
 bfloat16. Nothing is augmented.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -94,23 +96,64 @@ class Measured:
         return {**dataclasses.asdict(self.case), "options": dict(self.case.options), **numbers}
 
 
-def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 8, seconds_a_case: float = 20.0) -> list[Measured]:
-    """Compiles all cases side by side, then times one after another, and prints each.
+def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_a_case: float = 20.0) -> list[Measured]:
+    """Compiles and times all cases, and prints each.
 
     Args:
       cases: what to measure.
       repeats: runs of each, at most.
-      workers: threads that compile.
+      workers: processes that compile side by side; they are timed one after another when all have done so. With one,
+        there is no other process than this.
       seconds_a_case: after which no further run is begun.
     """
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        programs = list(pool.map(_prepared, cases))
     results = []
-    for i, program in enumerate(programs):
-        programs[i] = None  # what is done frees the device's memory
-        results.append(program if isinstance(program, Measured) else measure(program, repeats, seconds_a_case))
-        print(f"   {i + 1} of {len(cases)}: {results[-1].summary()}", flush=True)
+    for first in range(0, len(cases), workers):
+        for one in _wave(cases[first : first + workers], repeats, seconds_a_case, processes=workers > 1):
+            results.append(one)
+            print(f"   {len(results)} of {len(cases)}: {one.summary()}", flush=True)
     return results
+
+
+def _wave(cases: Sequence[Case], repeats: int, seconds: float, processes: bool) -> Iterator[Measured]:
+    """The cases, in their order; with `processes` each in one of its own, which also frees what it held."""
+    if not processes:
+        yield from (_measured(_prepared(case), repeats, seconds) for case in cases)
+        return
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pipes = []
+        for case in cases:
+            pipe, other = context.Pipe()
+            process = context.Process(target=_serve, args=(other, case, repeats, seconds), daemon=True)
+            process.start()
+            stack.callback(process.terminate)
+            other.close()
+            pipes.append(pipe)
+        compiled = [_received(pipe, case) for pipe, case in zip(pipes, cases, strict=True)]
+        for pipe, case, failed in zip(pipes, cases, compiled, strict=True):
+            if not failed:
+                pipe.send("your turn")
+            yield failed or _received(pipe, case)
+
+
+def _serve(pipe: Any, case: Case, repeats: int, seconds: float) -> None:
+    """Compiles a case, and times it when told to."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory too
+    program = _prepared(case)
+    pipe.send(None)
+    pipe.recv()
+    pipe.send(_measured(program, repeats, seconds))
+
+
+def _received(pipe: Any, case: Case) -> Measured | None:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return Measured(case, failure="its process ended")
+
+
+def _measured(program: "Program | Measured", repeats: int, seconds: float) -> Measured:
+    return program if isinstance(program, Measured) else measure(program, repeats, seconds)
 
 
 def _prepared(case: Case) -> Program | Measured:

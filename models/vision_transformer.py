@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.language_model import REMAT
 from models.stack import Stack, runs
 from training.config import build
-from training.errors import UserError
+from training.errors import UserError, nearest
 
 # timm's truncation at two is a hundred standard deviations away, so that its "truncated" normal is a normal.
 INIT = nnx.initializers.normal(0.02)
@@ -24,7 +25,13 @@ class Mlp(nnx.Module):
         self.down = nnx.Linear(hidden, width, kernel_init=INIT, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(gelu(self.up(x)))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """`x Phi(x)` with the distribution function Phi of the normal distribution, computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -66,7 +73,7 @@ def kept(x: jax.Array, drop: Drop | None) -> jax.Array:
 class Blocks(Stack):
     """Blocks, run by a scan."""
 
-    def __call__(self, x: jax.Array, drops: Drop | None, remat: bool, unroll: int) -> jax.Array:
+    def __call__(self, x: jax.Array, drops: Drop | None, remat: str, unroll: int) -> jax.Array:
         """As `Block`; `drops` has an entry for each block."""
         graph, states = nnx.split(self.layers)
         drops = jax.tree.map(lambda leaf: leaf.reshape(self.repeats, -1), drops)
@@ -77,8 +84,8 @@ class Blocks(Stack):
                 x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], drops))
             return x, None
 
-        if remat:
-            group = jax.checkpoint(group, prevent_cse=False)
+        if REMAT[remat] is not None:
+            group = jax.checkpoint(group, policy=REMAT[remat], prevent_cse=False)
         return jax.lax.scan(group, x, (states, drops), unroll=min(unroll, self.repeats))[0]
 
 
@@ -103,7 +110,7 @@ class VisionTransformer(nnx.Module):
       position_embedding: whether a learned table is added to the tokens.
       pool: "mean" over all tokens, the class token included, or "class", the class token alone.
       drop_path: probability that the last block's branches are dropped; it grows linearly from zero in the first.
-      remat: whether the backward pass computes each block again instead of keeping its activations.
+      remat: a key of `models.language_model.REMAT`, what the backward pass keeps of a block.
       unroll: repetitions that a turn of the loop over blocks holds. With all of them nothing is copied into and out of
         the loop's stacks, and compilation takes as many times longer.
     """
@@ -123,7 +130,7 @@ class VisionTransformer(nnx.Module):
         position_embedding: bool = False,
         pool: str = "mean",
         drop_path: float = 0.0,
-        remat: bool = False,
+        remat: str = "products",
         unroll: int = 1,
         rngs: nnx.Rngs,
     ):
@@ -133,6 +140,8 @@ class VisionTransformer(nnx.Module):
                 f"an image of {image_size} pixels does not split into patches of {patch}; "
                 f"use image_size={below or patch} or {below + patch}, or another patch"
             )
+        if remat not in REMAT:
+            raise UserError(f"remat={remat!r} does not exist: {nearest(remat, REMAT)}")
         if pool not in ("mean", "class"):
             raise UserError(f"pool={pool!r}: choose from mean, class")
         side = image_size // patch

@@ -1,5 +1,6 @@
 """The entries of the paper: their tables and figures from given values; the cheapest of them for real."""
 
+import dataclasses
 import json
 
 import jax
@@ -119,6 +120,16 @@ def test_measurements():
     assert measured[2].milliseconds is None
     assert measured[2].failure
     json.dumps([one.record() for one in measured])
+
+
+def test_measurements_in_processes_of_their_own():
+    """What this machine cannot run; each process says so, and one that ends without a word is reported."""
+    fused = Case("fused", "softmax", "Ti", 32, 2, training=False, depth=1, options=(("implementation", "cudnn"),))
+    unknown = dataclasses.replace(fused, name="unknown", mixer="none")
+    measured = run_cases([fused, unknown], repeats=1, workers=2)
+    assert [one.case.name for one in measured] == ["fused", "unknown"]
+    assert "cuDNN" in measured[0].failure
+    assert measured[1].failure == "its process ended"
 
 
 def test_a_loop_over_the_blocks_changes_nothing():
