@@ -27,10 +27,37 @@ from lion.attention import lion_attention
 from training.errors import UserError, nearest
 
 
+@jax.custom_vjp
 def unit_silu(x: jax.Array) -> jax.Array:
-    """The paper's feature map, `(SiLU(x) + 1/2) / |SiLU(x) + 1/2|` over the last axis. All entries are positive."""
-    y = jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))) + 0.5
-    return (y / jnp.linalg.norm(y, axis=-1, keepdims=True)).astype(x.dtype)
+    """The paper's feature map, `(SiLU(x) + 1/2) / |SiLU(x) + 1/2|` over the last axis. All entries are positive.
+
+    The gradient is written out, because differentiating would keep several arrays in float32 where one in the dtype of
+    `x` is enough.
+    """
+    y, inverse, _ = _shifted_silu(x)
+    return (y * inverse).astype(x.dtype)
+
+
+def _shifted_silu(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`SiLU(x) + 1/2`, the inverse of its length, and the derivative of SiLU; float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    s = jax.nn.sigmoid(x)
+    y = x * s + 0.5
+    return y, jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True)), s * (1 + x * (1 - s))
+
+
+def _unit_silu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return unit_silu(x), x
+
+
+def _unit_silu_backward(x: jax.Array, d_unit: jax.Array) -> tuple[jax.Array]:
+    y, inverse, slope = _shifted_silu(x)
+    unit, d_unit = y * inverse, d_unit.astype(y.dtype)
+    d_y = inverse * (d_unit - unit * jnp.sum(d_unit * unit, -1, keepdims=True))
+    return ((d_y * slope).astype(x.dtype),)
+
+
+unit_silu.defvjp(_unit_silu_forward, _unit_silu_backward)
 
 
 FEATURE_MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
