@@ -52,9 +52,9 @@ def _unit_silu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _unit_silu_backward(x: jax.Array, d_unit: jax.Array) -> tuple[jax.Array]:
     y, inverse, slope = _shifted_silu(x)
-    unit, d_unit = y * inverse, d_unit.astype(y.dtype)
-    d_y = inverse * (d_unit - unit * jnp.sum(d_unit * unit, -1, keepdims=True))
-    return ((d_y * slope).astype(x.dtype),)
+    d_unit = d_unit.astype(y.dtype)
+    along = jnp.sum(d_unit * y, -1, keepdims=True) * inverse**3  # a sum beside that of the length, in one pass
+    return (((d_unit * inverse - along * y) * slope).astype(x.dtype),)
 
 
 unit_silu.defvjp(_unit_silu_forward, _unit_silu_backward)
