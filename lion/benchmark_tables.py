@@ -112,7 +112,8 @@ TRAINING_SPEED = Entry(
     "Base: 0.73, 1.39, 1.48, 1.46, 1.68 (batch, precision and kernels not stated)",
     scales={
         "cpu": "two blocks of Tiny on four images of 64 pixels: shows that everything runs",
-        "gpu": "AdamW in bfloat16, images of noise, nothing augmented; x is the time relative to fused attention",
+        "gpu": "AdamW in bfloat16, images of noise, nothing augmented, the blocks in one loop; x is the time relative to "
+        "fused attention",
     },
     run=_run_training_speed,
     rows=_rows_training_speed,

@@ -269,7 +269,7 @@ RESOLUTIONS = (224, 512, 738, 1024, 1248, 1536, 2496)
 """In pixels, those of the paper."""
 
 
-def training_cases(sizes: dict[str, int], depth: int = 0, resolution: int = 224, loop: bool = False) -> list[Case]:
+def training_cases(sizes: dict[str, int], depth: int = 0, resolution: int = 224, loop: bool = True) -> list[Case]:
     """E3: a training step of every variant; `sizes` gives the batch of each size of the model."""
     shared = {"resolution": resolution, "training": True, "depth": depth, "loop": loop}
     cases = []
