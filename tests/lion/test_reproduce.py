@@ -87,10 +87,23 @@ def test_training_speed_is_judged_by_the_authors_rates():
     cases = [record("softmax, fused", 224, 100, 1, "S", 512), record("lion_s", 224, 200, 1, "S", 512)]
     rows = {row.quantity: row for row in benchmark_tables._rows_training_speed({"scale": "gpu", "cases": cases})}
     row = rows["S, batch 512: lion_s"]
-    assert row.ours.startswith("2560 images/s, x2.00")
+    assert row.ours.startswith("2560 images/s; 200 ms")
     assert row.passed is False
-    assert row.paper == "x2.03"
     assert rows["S, batch 512: softmax, fused"].passed is None
+    relative = rows["S: lion_s, time relative to fused softmax attention"]
+    assert (relative.paper, relative.ours, relative.passed) == ("x2.03", "x2.00", False)
+
+
+def test_training_at_each_resolution_is_judged_by_fused_attention():
+    times = {(224, "softmax, fused"): 100, (224, "lion_s"): 109, (512, "softmax, fused"): 100, (512, "lion_s"): 101}
+    cases = [record(name, resolution, time, 1, "S") for (resolution, name), time in times.items()]
+    cases.append(record("softmax, naive", 512, None, None, "S"))
+    values = {"scale": "gpu", "cases": cases}
+    rows = {row.quantity: row for row in benchmark_tables._rows_training_resolutions(values)}
+    near, far = (rows[f"{r} px: lion_s, time relative to fused softmax attention"] for r in (224, 512))
+    assert (near.ours, near.target, near.passed) == ("x1.09", "goal: at most x1.10", True)
+    assert (far.ours, far.target, far.passed) == ("x1.01", "goal: at most x1.00", False)
+    assert benchmark_tables._rows_training_resolutions({**values, "scale": "cpu"})[-1].passed is None
 
 
 def test_cases():
@@ -144,7 +157,9 @@ def test_a_loop_over_the_blocks_changes_nothing():
     np.testing.assert_allclose(*both(), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ablations/eurosat", "inference", "training_speed", "chunk_sizes"])
+@pytest.mark.parametrize(
+    "name", ["ablations/eurosat", "inference", "training_speed", "training_resolutions", "chunk_sizes"]
+)
 def test_tables_and_figures_are_written(name, tmp_path):
     entry = ENTRIES[name]
     if name.startswith("ablations"):
