@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ class Case:
       options: of the mixer, as pairs: its form, chunk size, implementation.
       depth: blocks; 0 for those of the size.
       loop: whether the blocks are run by one loop, which compiles in a fraction of the time, or one after another.
+      timed: whether it is run, or only compiled, which tells its memory.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     depth: int = 0
     loop: bool = True
+    timed: bool = True
 
     @property
     def image_size(self) -> int:
@@ -87,13 +89,18 @@ class Measured:
     def summary(self) -> str:
         """One line."""
         case = self.case
-        found = f"{self.milliseconds:.4g} ms, {self.gigabytes:.3g} GB" if self.milliseconds else self.failure
-        return f"{case.size}, {case.resolution} px, batch {case.batch}: {case.name}: {found}"
+        return f"{case.size}, {case.resolution} px, batch {case.batch}: {case.name}: {cost(self.record())}"
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
         numbers = {key: value for key, value in vars(self).items() if key != "case"}
         return {**dataclasses.asdict(self.case), "options": dict(self.case.options), **numbers}
+
+
+def cost(record: Mapping[str, Any]) -> str:
+    """Time and memory of a record in one cell; of what could not be run, why, and the memory that it needs."""
+    time_ = f"{record['milliseconds']:.3g} ms" if record["milliseconds"] else record["failure"]
+    return f"{time_}, {record['gigabytes']:.3g} GB" if record["gigabytes"] else time_
 
 
 def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_a_case: float = 20.0) -> list[Measured]:
@@ -166,6 +173,9 @@ def _prepared(case: Case) -> Program | Measured:
 def measure(program: Program, repeats: int, seconds: float) -> Measured:
     """Median time of a run, with the first left out; what does not fit into the memory is reported as that."""
     result = Measured(program.case, None, program.gigabytes, program.seconds_to_compile)
+    if not program.case.timed:
+        result.failure = "not timed"
+        return result
     times = []
     try:
         carried = jax.block_until_ready(program.run(*program.start()))

@@ -125,11 +125,13 @@ def test_measurements():
         Case("forward", "lion_s", "Ti", 40, 2, training=False, depth=2, options=(("form", "two_sided"),)),
         Case("nothing", "softmax", "Ti", 32, 2, training=False, depth=1, options=(("implementation", "cudnn"),)),
     ]
+    cases.append(dataclasses.replace(cases[1], name="memory", depth=1, timed=False))
     measured = run_cases(cases, repeats=2, workers=1)
     for one in measured[:2]:
         assert one.milliseconds > 0
         assert 5e-4 < one.gigabytes < 1
         assert one.failure == ""
+    assert measured[3].summary() == f"Ti, 40 px, batch 2: memory: not timed, {measured[3].gigabytes:.3g} GB"
     assert measured[2].milliseconds is None
     assert measured[2].failure
     json.dumps([one.record() for one in measured])
