@@ -8,6 +8,7 @@ bfloat16. Nothing is augmented.
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -104,7 +105,7 @@ def cost(record: Mapping[str, Any]) -> str:
 
 
 def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_a_case: float = 20.0) -> list[Measured]:
-    """Compiles and times all cases, and prints each.
+    """Compiles and times all cases, and prints each. An interrupt ends it with what was measured until then.
 
     Args:
       cases: what to measure.
@@ -114,11 +115,17 @@ def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_
       seconds_a_case: after which no further run is begun.
     """
     results = []
-    for first in range(0, len(cases), workers):
-        for one in _wave(cases[first : first + workers], repeats, seconds_a_case, processes=workers > 1):
+    waves = (
+        _wave(cases[first : first + workers], repeats, seconds_a_case, processes=workers > 1)
+        for first in range(0, len(cases), workers)
+    )
+    try:
+        for one in itertools.chain.from_iterable(waves):
             results.append(one)
             print(f"   {len(results)} of {len(cases)}: {one.summary()}", flush=True)
-    return results
+    except KeyboardInterrupt:
+        print(f"   interrupted: {len(cases) - len(results)} of {len(cases)} are not measured", flush=True)
+    return results + [Measured(case, failure="not measured") for case in cases[len(results) :]]
 
 
 def _wave(cases: Sequence[Case], repeats: int, seconds: float, processes: bool) -> Iterator[Measured]:

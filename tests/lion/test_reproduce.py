@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lion import ablation_table, benchmark_tables
+from lion import ablation_table, benchmark_tables, benchmarks
 from lion.ablations import ARMS, model
-from lion.benchmarks import Case, _Parts, by_tokens, chunk_cases, resolution_cases, run_cases, training_cases
+from lion.benchmarks import Case, Measured, _Parts, by_tokens, chunk_cases, resolution_cases, run_cases, training_cases
 from lion.reproduce import ENTRIES
 from training import report
 from training.errors import UserError
@@ -135,6 +135,23 @@ def test_measurements():
     assert measured[2].milliseconds is None
     assert measured[2].failure
     json.dumps([one.record() for one in measured])
+
+
+def test_an_interrupt_keeps_what_was_measured(monkeypatch):
+    def measure(program, repeats, seconds):
+        if program.name == "second":
+            raise KeyboardInterrupt
+        return Measured(program, milliseconds=1.0)
+
+    monkeypatch.setattr(benchmarks, "_prepared", lambda case: case)
+    monkeypatch.setattr(benchmarks, "measure", measure)
+    cases = [Case(name, "lion_s", "Ti", 32, 2, training=False) for name in ("first", "second", "third")]
+    measured = run_cases(cases, repeats=1)
+    assert [(one.case.name, one.milliseconds, one.failure) for one in measured] == [
+        ("first", 1.0, ""),
+        ("second", None, "not measured"),
+        ("third", None, "not measured"),
+    ]
 
 
 def test_measurements_in_processes_of_their_own():
