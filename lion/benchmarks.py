@@ -27,6 +27,8 @@ from models.vision_transformer import VisionTransformer
 
 PATCH = 16
 CLASSES = 1000
+UNMEASURED = "not measured"
+"""What is said of a case before which the measurements were interrupted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_
             print(f"   {len(results)} of {len(cases)}: {one.summary()}", flush=True)
     except KeyboardInterrupt:
         print(f"   interrupted: {len(cases) - len(results)} of {len(cases)} are not measured", flush=True)
-    return results + [Measured(case, failure="not measured") for case in cases[len(results) :]]
+    return results + [Measured(case, failure=UNMEASURED) for case in cases[len(results) :]]
 
 
 def _wave(cases: Sequence[Case], repeats: int, seconds: float, processes: bool) -> Iterator[Measured]:
