@@ -57,7 +57,8 @@ def _run(dataset: str, context: Context) -> Values:
             f"configs/lion/images.py:dataset={dataset},scale={context.scale}",
             {"model.arm": arm},
         )
-        accuracy[arm] = [100 * value for value in metrics["test/accuracy"]]
+        if metrics is not None:
+            accuracy[arm] = [100 * value for value in metrics["test/accuracy"]]
     return {"scale": context.scale, "dataset": dataset, "accuracy": accuracy}
 
 
@@ -68,13 +69,22 @@ def difference(better: Sequence[float], worse: Sequence[float]) -> tuple[float, 
 
 
 def _rows(values: Values) -> list[Row]:
-    rows, found = [], values["accuracy"]
-    for arm, accuracies in found.items():
-        paper = "" if ARMS[arm].paper is None else f"{ARMS[arm].paper:.2f} (CIFAR-100)"
-        seeds = ", ".join(f"{a:.2f}" for a in accuracies)
-        ours = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} ({seeds})"
-        rows.append(Row(ARMS[arm].title, paper, ours))
-    return [*rows, *(_order(values["scale"], found, order) for order in ORDERS), _ranks(found)]
+    found = values["accuracy"]
+    orders = [order for order in ORDERS if order.better in found and order.worse in found]
+    return [
+        *(_accuracy(arm, found.get(arm)) for arm in ARMS),
+        *(_order(values["scale"], found, order) for order in orders),
+        _ranks(found),
+    ]
+
+
+def _accuracy(arm: str, accuracies: Sequence[float] | None) -> Row:
+    """Mean and standard deviation over seeds; None where the arm is not trained yet."""
+    paper = "" if ARMS[arm].paper is None else f"{ARMS[arm].paper:.2f} (CIFAR-100)"
+    if accuracies is None:
+        return Row(ARMS[arm].title, paper, "not trained")
+    seeds = ", ".join(f"{a:.2f}" for a in accuracies)
+    return Row(ARMS[arm].title, paper, f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} ({seeds})")
 
 
 def _order(scale: str, found: dict[str, list[float]], order: Order) -> Row:

@@ -6,11 +6,14 @@ after one to warm up, on images of noise; the optimiser's step is AdamW's, param
 bfloat16. Nothing is augmented.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +22,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lion.vision import vision_transformer
+from lion.vision import SIZES, vision_transformer
 from models.vision_transformer import VisionTransformer
 
 PATCH = 16
 CLASSES = 1000
+UNMEASURED = "not measured"
+"""What is said of a case before which the measurements were interrupted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Case:
       options: of the mixer, as pairs: its form, chunk size, implementation.
       depth: blocks; 0 for those of the size.
       loop: whether the blocks are run by one loop, which compiles in a fraction of the time, or one after another.
+      timed: whether it is run, or only compiled, which tells its memory.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     depth: int = 0
     loop: bool = True
+    timed: bool = True
 
     @property
     def image_size(self) -> int:
@@ -82,26 +89,87 @@ class Measured:
     seconds_to_compile: float | None = None
     failure: str = ""
 
+    def summary(self) -> str:
+        """One line."""
+        case = self.case
+        return f"{case.size}, {case.resolution} px, batch {case.batch}: {case.name}: {cost(self.record())}"
+
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
         numbers = {key: value for key, value in vars(self).items() if key != "case"}
         return {**dataclasses.asdict(self.case), "options": dict(self.case.options), **numbers}
 
 
-def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 8, seconds_a_case: float = 20.0) -> list[Measured]:
-    """Compiles all cases side by side, then times one after another.
+def cost(record: Mapping[str, Any]) -> str:
+    """Time and memory of a record in one cell; of what could not be run, why, and the memory that it needs."""
+    time_ = f"{record['milliseconds']:.3g} ms" if record["milliseconds"] else record["failure"]
+    return f"{time_}, {record['gigabytes']:.3g} GB" if record["gigabytes"] else time_
+
+
+def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_a_case: float = 20.0) -> list[Measured]:
+    """Compiles and times all cases, and prints each. An interrupt ends it with what was measured until then.
 
     Args:
       cases: what to measure.
       repeats: runs of each, at most.
-      workers: threads that compile.
+      workers: processes that compile side by side; they are timed one after another when all have done so. With one,
+        there is no other process than this.
       seconds_a_case: after which no further run is begun.
     """
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        programs = list(pool.map(_prepared, cases))
-    return [
-        program if isinstance(program, Measured) else measure(program, repeats, seconds_a_case) for program in programs
-    ]
+    results = []
+    waves = (
+        _wave(cases[first : first + workers], repeats, seconds_a_case, processes=workers > 1)
+        for first in range(0, len(cases), workers)
+    )
+    try:
+        for one in itertools.chain.from_iterable(waves):
+            results.append(one)
+            print(f"   {len(results)} of {len(cases)}: {one.summary()}", flush=True)
+    except KeyboardInterrupt:
+        print(f"   interrupted: {len(cases) - len(results)} of {len(cases)} are not measured", flush=True)
+    return results + [Measured(case, failure=UNMEASURED) for case in cases[len(results) :]]
+
+
+def _wave(cases: Sequence[Case], repeats: int, seconds: float, processes: bool) -> Iterator[Measured]:
+    """The cases, in their order; with `processes` each in one of its own, which also frees what it held."""
+    if not processes:
+        yield from (_measured(_prepared(case), repeats, seconds) for case in cases)
+        return
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pipes = []
+        for case in cases:
+            pipe, other = context.Pipe()
+            process = context.Process(target=_serve, args=(other, case, repeats, seconds), daemon=True)
+            process.start()
+            stack.callback(process.terminate)
+            other.close()
+            pipes.append(pipe)
+        compiled = [_received(pipe, case) for pipe, case in zip(pipes, cases, strict=True)]
+        for pipe, case, failed in zip(pipes, cases, compiled, strict=True):
+            if not failed:
+                pipe.send("your turn")
+            yield failed or _received(pipe, case)
+
+
+def _serve(pipe: Any, case: Case, repeats: int, seconds: float) -> None:
+    """Compiles a case, and times it when told to."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the others need memory too
+    program = _prepared(case)
+    pipe.send(None)
+    pipe.recv()
+    pipe.send(_measured(program, repeats, seconds))
+
+
+def _received(pipe: Any, case: Case) -> Measured | None:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return Measured(case, failure="its process ended")
+
+
+def _measured(program: "Program | Measured", repeats: int, seconds: float) -> Measured:
+    return program if isinstance(program, Measured) else measure(program, repeats, seconds)
 
 
 def _prepared(case: Case) -> Program | Measured:
@@ -114,6 +182,9 @@ def _prepared(case: Case) -> Program | Measured:
 def measure(program: Program, repeats: int, seconds: float) -> Measured:
     """Median time of a run, with the first left out; what does not fit into the memory is reported as that."""
     result = Measured(program.case, None, program.gigabytes, program.seconds_to_compile)
+    if not program.case.timed:
+        result.failure = "not timed"
+        return result
     times = []
     try:
         carried = jax.block_until_ready(program.run(*program.start()))
@@ -167,22 +238,21 @@ def prepare(case: Case) -> Program:
     compiled = step.lower(*jax.eval_shape(start)).compile()
     plan = compiled.memory_analysis()
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
-    return Program(case, jax.jit(start), compiled, total / 1e9, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return Program(case, jax.jit(start).lower().compile(), compiled, total / 1e9, seconds)
 
 
 class _Parts:
-    """The model of a case as functions of its weights: those of the blocks, stacked, and the rest; or all of them."""
+    """The model of a case as functions of its weights."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.images = jax.ShapeDtypeStruct((case.batch, case.image_size, case.image_size, 3), jnp.bfloat16)
-        self._model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
-        self._whole = nnx.graphdef(self._model)
-        self._block = nnx.graphdef(self._model.blocks[0])  # those of all blocks do the same
+        self._graph = nnx.graphdef(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
 
     def _make(self, key: jax.Array) -> VisionTransformer:
         case = self.case
-        depth = {"depth": case.depth} if case.depth else {}
+        depth = case.depth or SIZES[case.size]["depth"]
         return vision_transformer(
             case.size,
             case.mixer,
@@ -190,32 +260,17 @@ class _Parts:
             image_size=case.image_size,
             patch=PATCH,
             classes=CLASSES,
+            depth=depth,
+            unroll=1 if case.loop else depth,
             rngs=nnx.Rngs(params=key),
-            **depth,
         )
 
     def weights(self, key: jax.Array) -> Any:
-        """All weights; for a loop over the blocks, those of what is no block, and those of the blocks, stacked."""
-        model = self._make(key)
-        if not self.case.loop:
-            return nnx.state(model)
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(block) for block in model.blocks))
-        model.blocks = nnx.List([])
-        return nnx.state(model), stacked
+        return nnx.state(self._make(key))
 
     def forward(self, weights: Any, images: jax.Array) -> jax.Array:
         """Logits."""
-        if not self.case.loop:
-            return nnx.merge(self._whole, weights)(images)
-        rest, stacked = weights
-        model = self._outside(rest)
-        x, _ = jax.lax.scan(lambda x, block: (nnx.merge(self._block, block)(x), None), model.tokens(images), stacked)
-        return model.logits(x)
-
-    def _outside(self, rest: Any) -> VisionTransformer:
-        model = nnx.eval_shape(lambda: self._make(jax.random.key(0)))
-        model.blocks = nnx.List([])
-        return nnx.merge(nnx.graphdef(model), rest)
+        return nnx.merge(self._graph, weights)(images)
 
 
 def _narrow(tree: Any) -> Any:
@@ -234,7 +289,7 @@ RESOLUTIONS = (224, 512, 738, 1024, 1248, 1536, 2496)
 """In pixels, those of the paper."""
 
 
-def training_cases(sizes: dict[str, int], depth: int = 0, resolution: int = 224, loop: bool = False) -> list[Case]:
+def training_cases(sizes: dict[str, int], depth: int = 0, resolution: int = 224, loop: bool = True) -> list[Case]:
     """E3: a training step of every variant; `sizes` gives the batch of each size of the model."""
     shared = {"resolution": resolution, "training": True, "depth": depth, "loop": loop}
     cases = []

@@ -27,10 +27,37 @@ from lion.attention import lion_attention
 from training.errors import UserError, nearest
 
 
+@jax.custom_vjp
 def unit_silu(x: jax.Array) -> jax.Array:
-    """The paper's feature map, `(SiLU(x) + 1/2) / |SiLU(x) + 1/2|` over the last axis. All entries are positive."""
-    y = jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))) + 0.5
-    return (y / jnp.linalg.norm(y, axis=-1, keepdims=True)).astype(x.dtype)
+    """The paper's feature map, `(SiLU(x) + 1/2) / |SiLU(x) + 1/2|` over the last axis. All entries are positive.
+
+    The gradient is written out, because differentiating would keep several arrays in float32 where one in the dtype of
+    `x` is enough.
+    """
+    y, inverse, _ = _shifted_silu(x)
+    return (y * inverse).astype(x.dtype)
+
+
+def _shifted_silu(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`SiLU(x) + 1/2`, the inverse of its length, and the derivative of SiLU; float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    s = jax.nn.sigmoid(x)
+    y = x * s + 0.5
+    return y, jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True)), s * (1 + x * (1 - s))
+
+
+def _unit_silu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return unit_silu(x), x
+
+
+def _unit_silu_backward(x: jax.Array, d_unit: jax.Array) -> tuple[jax.Array]:
+    y, inverse, slope = _shifted_silu(x)
+    d_unit = d_unit.astype(y.dtype)
+    along = jnp.sum(d_unit * y, -1, keepdims=True) * inverse**3  # a sum beside that of the length, in one pass
+    return (((d_unit * inverse - along * y) * slope).astype(x.dtype),)
+
+
+unit_silu.defvjp(_unit_silu_forward, _unit_silu_backward)
 
 
 FEATURE_MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -65,7 +92,7 @@ class LinearMixer(nnx.Module):
     Args:
       width: of the tokens.
       heads: they share the width equally.
-      layer: index of the block.
+      layer: index of the block, for mixers that depend on it.
       grid: rows and columns of patches, where the tokens are an image's.
       class_token: whether token 0 is a class token.
       form, chunk_size, implementation: see `lion_attention`.
@@ -88,7 +115,7 @@ class LinearMixer(nnx.Module):
     ):
         if width % heads:
             raise UserError(f"a width of {width} does not split into {heads} heads")
-        self.heads, self.dim, self.layer, self.grid, self.class_token = heads, width // heads, layer, grid, class_token
+        self.heads, self.dim, self.grid, self.class_token = heads, width // heads, grid, class_token
         self.form, self.chunk_size, self.implementation = form, chunk_size, implementation
         self.stddev = stddev
         self.qkv = self.linear(width, 3 * width, rngs=rngs)
@@ -129,6 +156,7 @@ class Lion(LinearMixer):
       freeze_gate: whether the decays get no gradient.
       double_diagonal: whether a token counts itself twice.
       direction: "both", "forward", "backward", or "alternating": forward in even layers, backward in odd ones.
+      layer: index of the block.
       **shared: see `LinearMixer`.
     """
 
@@ -145,10 +173,11 @@ class Lion(LinearMixer):
         freeze_gate: bool = False,
         double_diagonal: bool = False,
         direction: str = "both",
+        layer: int = 0,
         rngs: nnx.Rngs,
         **shared,
     ):
-        super().__init__(width, heads, rngs=rngs, **shared)
+        super().__init__(width, heads, layer=layer, rngs=rngs, **shared)
         for name, value, choices in (
             ("decay", decay, DECAYS),
             ("feature_map", feature_map, FEATURE_MAPS),
@@ -160,7 +189,7 @@ class Lion(LinearMixer):
             raise UserError(f"scans={scans}: choose 1, or 2 for the patches of an image, which need their grid")
         self.decay, self.feature_map, self.normalize = decay, feature_map, normalize
         self.freeze_gate, self.double_diagonal = freeze_gate, double_diagonal
-        self.direction = ("forward", "backward")[self.layer % 2] if direction == "alternating" else direction
+        self.direction = ("forward", "backward")[layer % 2] if direction == "alternating" else direction
         orders = snake_orders(self.grid, self.class_token) if scans == 2 and decay != "none" else None
         self.orders = None if orders is None else tuple(tuple(map(int, order)) for order in orders)
         gates = 1 if self.orders is None else len(self.orders)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from models.layers import ACTIVATION, INIT, MLPS, NORMS, Linear, choose, kept
 from models.recurrent_mixer import Cache
+from models.stack import Stack, runs
 from training.config import build
 from training.errors import UserError, nearest
 from training.sharding import gathered
@@ -74,22 +75,8 @@ class Block(nnx.Module):
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
 
-class Stack(nnx.Module):
-    """A group of layers repeated, with the parameters of all repetitions stacked, so that a scan runs over them.
-
-    Args:
-      makers: functions from `nnx.Rngs` to a layer, one for each layer of the group.
-      repeats: how often the group is repeated.
-    """
-
-    def __init__(self, makers: Sequence[Callable[[nnx.Rngs], Block]], repeats: int, *, rngs: nnx.Rngs):
-        def make(key: jax.Array) -> nnx.List:
-            return nnx.List([maker(nnx.Rngs(params=k)) for maker, k in zip(makers, _split(key, makers), strict=True)])
-
-        self.repeats = repeats
-        graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
-        states = jax.vmap(lambda key: nnx.state(make(key)))(jax.random.split(rngs.params(), repeats))
-        self.layers = nnx.merge(graph, states)
+class Layers(Stack):
+    """Layers of a language model, run by a scan."""
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None, remat: str, unroll: int) -> jax.Array:
         graph, states = nnx.split(self.layers)
@@ -116,12 +103,6 @@ class Stack(nnx.Module):
 
         x, caches = jax.lax.scan(group, x, states)
         return x, [cache for i in range(self.repeats) for cache in jax.tree.map(lambda leaf, i=i: leaf[i], caches)]
-
-    def unstacked(self) -> list[Block]:
-        """All layers one after the other, each with its own parameters."""
-        graph, states = nnx.split(self.layers)
-        groups = (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], states)) for i in range(self.repeats))
-        return [layer for group in groups for layer in group]
 
 
 class CausalLanguageModel(nnx.Module):
@@ -176,8 +157,8 @@ class CausalLanguageModel(nnx.Module):
         def maker(name: str) -> Callable[[nnx.Rngs], Block]:
             return lambda rngs: Block(mixers[name], width, mlp, hidden, norm, norm_epsilon, rngs=rngs)
 
-        runs = _runs(_by_layer(mixers, pattern, depth))
-        self.stacks = nnx.List([Stack([maker(name) for name in group], repeats, rngs=rngs) for group, repeats in runs])
+        groups = runs(_by_layer(mixers, pattern, depth))
+        self.stacks = nnx.List([Layers([maker(name) for name in group], n, rngs=rngs) for group, n in groups])
         self.norm = choose(NORMS, norm, "norm")(width, norm_epsilon)
         self.unembedding = None if tied else Linear(width, vocabulary_size, rngs=rngs)
 
@@ -268,10 +249,6 @@ class CausalLanguageModel(nnx.Module):
         return x.astype(self.dtype)
 
 
-def _split(key: jax.Array, items: Sequence[Any]) -> jax.Array:
-    return jax.random.split(key, len(items))
-
-
 def _by_layer(mixers: Mapping[str, Any], pattern: Sequence[str] | None, depth: int) -> list[str]:
     """The name of each layer's mixer.
 
@@ -286,21 +263,6 @@ def _by_layer(mixers: Mapping[str, Any], pattern: Sequence[str] | None, depth: i
         if name not in mixers:
             raise UserError(f"the pattern has {name!r}, which is none of the mixers: {nearest(name, mixers)}")
     return [pattern[layer % len(pattern)] for layer in range(depth)]
-
-
-def _runs(names: Sequence[str]) -> list[tuple[Sequence[str], int]]:
-    """The layers as repeated groups: one group where the names have a period, else runs of one name."""
-    depth = len(names)
-    for period in range(1, depth // 2 + 1):
-        if depth % period == 0 and list(names[:period]) * (depth // period) == list(names):
-            return [(names[:period], depth // period)]
-    runs: list[tuple[Sequence[str], int]] = []
-    for name in names:
-        if runs and runs[-1][0] == [name]:
-            runs[-1] = ([name], runs[-1][1] + 1)
-        else:
-            runs.append(([name], 1))
-    return runs
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

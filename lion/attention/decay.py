@@ -105,7 +105,13 @@ def narrower(x: jax.Array, y: jax.Array) -> jnp.dtype:
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` with the values that it has in a narrower dtype, in its own dtype; the gradient is not rounded."""
-    return x + jax.lax.stop_gradient(x.astype(dtype).astype(x.dtype) - x)
+    return x + jax.lax.stop_gradient(_precision(x, dtype) - x)
+
+
+def _precision(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` rounded to the values of a dtype. XLA would leave out a conversion to it and back."""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,7 +169,7 @@ def _divide_backward(
     dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], d_y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     y, row_sum = residuals
-    d_numerator = (d_y / row_sum[..., None]).astype(dtype).astype(d_y.dtype)
+    d_numerator = _precision(d_y / row_sum[..., None], dtype)
     return d_numerator, -jnp.sum(d_numerator * y, -1)
 
 

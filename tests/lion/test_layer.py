@@ -42,6 +42,20 @@ def test_the_feature_map_is_positive_and_of_unit_length():
     assert unit_silu(tokens().astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_the_gradient_of_the_feature_map():
+    with jax.enable_x64(True):
+        x, d_unit = np.random.default_rng(0).normal(size=(2, 5, 7)) * [[[3]], [[1]]]
+
+        def naive(x):
+            y = x / (1 + jnp.exp(-x)) + 0.5
+            return y / jnp.sqrt((y**2).sum(-1, keepdims=True))
+
+        wanted, got = (jax.vjp(f, jnp.asarray(x))[1](jnp.asarray(d_unit))[0] for f in (naive, unit_silu))
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-14)
+    assert jax.grad(lambda x: unit_silu(x).sum())(tokens().astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_snake_orders():
     rows, columns = snake_orders((3, 3), class_token=False)
     assert rows.tolist() == [0, 1, 2, 5, 4, 3, 6, 7, 8]

@@ -39,6 +39,20 @@ def test_positions_are_given_to_mixers_that_need_them():
         assert (model.positions is not None) == (mixer in ("softmax", "lion_lit"))
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_all_blocks_compile_as_one(mixer):
+    model = nnx.eval_shape(lambda: vision_transformer(mixer=mixer, rngs=nnx.Rngs(0), **SMALL))
+    assert [(len(stack.layers), stack.repeats) for stack in model.stacks] == [(1, 2)]
+
+
+def test_directions_alternate_from_block_to_block():
+    options = {"direction": "alternating"}
+    small = {**SMALL, "depth": 4}
+    model = nnx.eval_shape(lambda: vision_transformer(mixer_options=options, rngs=nnx.Rngs(0), **small))
+    (stack,) = model.stacks
+    assert ([block.mixer.direction for block in stack.layers], stack.repeats) == (["forward", "backward"], 2)
+
+
 @pytest.mark.parametrize(
     "mixer", [m if m == "lion_s_two_scans" else pytest.param(m, marks=pytest.mark.slow) for m in MIXERS]
 )
@@ -54,7 +68,8 @@ def test_every_parameter_learns(mixer):
     grads = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(state, images)
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.isfinite(gradient).all()
-        assert (gradient != 0).any(), jax.tree_util.keystr(path)
+        of_a_block = gradient if "stacks" in jax.tree_util.keystr(path) else gradient[None]
+        assert all((one != 0).any() for one in of_a_block), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def worst_error(got, wanted, dtype):
 
     float64 and float32: the largest error, relative to the larger of 1 and the largest value. (All arguments are of
     order 1; the gradients towards q and k are a difference of such terms, and arbitrarily small where a query sees
-    almost only itself.) bfloat16: the relative RMS error of the worst head, without a floor.
+    almost only itself.) bfloat16: the relative RMS error of the worst head, without a floor; what is zero but for the
+    rounding of float64, such as the gradient of a single token's query, is no scale.
     """
     errors = []
     for x, y in zip(got, wanted, strict=True):
@@ -114,7 +115,7 @@ def worst_error(got, wanted, dtype):
         if dtype == "bfloat16":
             x, y = (np.moveaxis(a, 2, 0).reshape(a.shape[2], -1) if a.ndim > 1 else a[:, None] for a in (x, y))
             scale = np.sqrt(np.mean(y**2, -1))
-            relative = np.sqrt(np.mean((x - y) ** 2, -1)) / np.where(scale > 0, scale, 1)
+            relative = np.sqrt(np.mean((x - y) ** 2, -1)) / np.where(scale > 1e-12, scale, 1)
             errors.append(relative.max())
         else:
             errors.append(np.abs(x - y).max() / max(1, np.abs(y).max()))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lion.attention import lion_attention
+from lion.attention.decay import divide, rounded
 from lion.attention.reference import reference_mask
 from tests.lion.attention.cases import (
     BARS,
@@ -138,3 +139,23 @@ def test_vmap(form):
     arguments, _, _ = problem("selective", 65)
     both = value(jax.vmap(partial(lion_attention, form=form)), *(np.stack([x, x[::-1]]) for x in arguments))
     np.testing.assert_allclose(both[1], expected("selective", 65)[0][::-1], atol=1e-12)
+
+
+def test_the_compiler_keeps_the_roundings_that_cancel():
+    """It leaves out conversions to bfloat16 and back; then the two terms of a small gradient would not match."""
+    numerator, row_sum, d_y = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((7, 3), (7,), (7, 3)))
+    )
+
+    def gradient(numerator, row_sum, d_y):
+        return jax.vjp(lambda n, s: divide(n, s, jnp.bfloat16), numerator, row_sum)[1](d_y)
+
+    compiled = jax.jit(gradient).lower(numerator, row_sum, d_y).compile()
+    assert "reduce-precision" in compiled.as_text()
+    d_numerator, d_row_sum = compiled(numerator, row_sum, d_y)
+    wanted = (d_y / row_sum[:, None]).astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(d_numerator, wanted)
+    np.testing.assert_allclose(d_row_sum, -(wanted * numerator / row_sum[:, None]).sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(
+        jax.jit(rounded, static_argnums=1)(numerator, jnp.bfloat16), numerator.astype(jnp.bfloat16)
+    )
