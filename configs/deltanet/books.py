@@ -50,6 +50,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "vocabulary_size": 16_384,
         "tied": True,
         "dtype": "bfloat16" if large else "float32",
+        "remat": "activations" if large else "none",
+        "unroll": 6 if large else 1,
     }
     config.seeds = (options.seed,)
     config.batch_size = 32 if large else 8
