@@ -5,6 +5,7 @@ rounding would be felt, compute in float32 at least.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,43 @@ def shifted(x: jax.Array, steps: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (steps, 0)] + [(0, 0)] * (x.ndim - 2))[:, : x.shape[1]]
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    y = x * kernel[-1]
+    for steps in range(1, len(kernel)):
+        past = shifted(x, steps)
+        if segment_ids is not None:
+            past = jnp.where((shifted(segment_ids, steps) == segment_ids)[..., None], past, 0)
+        y = y + past * kernel[-1 - steps]
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _silu_parts(
+    x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None, edges: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    """SiLU of the convolution, split along the channels.
+
+    Forward, each part is a pass of its own, which what follows can join; backward, all are one, which convolves again.
+    So neither direction writes the convolution to memory.
+    """
+    parts = zip(jnp.split(x, edges, -1), jnp.split(kernel, edges, -1), strict=True)
+    return tuple(jax.nn.silu(_convolve(*part, segment_ids)) for part in parts)
+
+
+def _silu_parts_forward(x, kernel, segment_ids, edges):
+    return _silu_parts(x, kernel, segment_ids, edges), (x, kernel, segment_ids)
+
+
+def _silu_parts_backward(edges, residuals, d_parts):
+    # Without the barrier the compiler would keep the forward's convolution to save this one.
+    x, kernel, segment_ids = jax.lax.optimization_barrier(residuals)
+    _, backward = jax.vjp(lambda x, kernel: jax.nn.silu(_convolve(x, kernel, segment_ids)), x, kernel)
+    return *backward(jnp.concatenate(d_parts, -1)), None
+
+
+_silu_parts.defvjp(_silu_parts_forward, _silu_parts_backward)
+
+
 class ShortConvolution(nnx.Module):
     """A causal convolution of each channel on its own: token t sees tokens t - size + 1 to t of its segment. No bias.
 
@@ -144,14 +182,11 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """`[batch, time, channels]` to the same; tokens of other segments [batch, time] count as zeros."""
-        kernel = gathered(self.kernel[...].astype(x.dtype))
-        y = x * kernel[-1]
-        for steps in range(1, self.size):
-            past = shifted(x, steps)
-            if segment_ids is not None:
-                past = jnp.where((shifted(segment_ids, steps) == segment_ids)[..., None], past, 0)
-            y = y + past * kernel[-1 - steps]
-        return y
+        return _convolve(x, gathered(self.kernel[...].astype(x.dtype)), segment_ids)
+
+    def silu(self, x: jax.Array, edges: tuple[int, ...], segment_ids: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """SiLU of the convolution in parts, whose channels end at `edges`."""
+        return _silu_parts(x, gathered(self.kernel[...].astype(x.dtype)), segment_ids, edges)
 
     def cache(self, x: jax.Array) -> jax.Array:
         """The last `size - 1` tokens of `x`, zeros in front of short ones, [batch, size - 1, channels]."""

@@ -143,6 +143,33 @@ def test_convolution_is_causal_correlation():
     np.testing.assert_allclose(convolution(jnp.asarray(x))[0], wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_of_an_activated_convolution(packed):
+    convolution = ShortConvolution(6, 4, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(convolution)
+    x, d = jax.random.normal(jax.random.key(0), (2, 3, 2, 9, 6))  # of three replicas
+    segment_ids = jnp.array([[0] * 5 + [1] * 4, [0] * 9]) if packed else None
+
+    def fused(state, x):
+        return jnp.concatenate(nnx.merge(graph, state).silu(x, (2, 3), segment_ids), -1)
+
+    def written_out(state, x):
+        return jax.nn.silu(nnx.merge(graph, state)(x, segment_ids))
+
+    def results(function):
+        @jax.jit
+        @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+        def run(state, x, d):
+            y, backward = jax.vjp(function, state, x)
+            return y, backward(d)
+
+        return run(state, x, d)
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), *map(results, (fused, written_out))
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
