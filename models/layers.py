@@ -161,8 +161,10 @@ def _silu_parts_forward(x, kernel, segment_ids, edges):
 def _silu_parts_backward(edges, residuals, d_parts):
     # Without the barrier the compiler would keep the forward's convolution to save this one.
     x, kernel, segment_ids = jax.lax.optimization_barrier(residuals)
-    _, backward = jax.vjp(lambda x, kernel: jax.nn.silu(_convolve(x, kernel, segment_ids)), x, kernel)
-    return *backward(jnp.concatenate(d_parts, -1)), None
+    y, backward = jax.vjp(lambda x, kernel: _convolve(x, kernel, segment_ids), x, kernel)
+    (d_y,) = jax.vjp(jax.nn.silu, y)[1](jnp.concatenate(d_parts, -1))
+    # The second one keeps the kernel's sums over tokens out of the pass that writes d_x, which they make slow.
+    return backward(d_y)[0], backward(jax.lax.optimization_barrier(d_y))[1], None
 
 
 _silu_parts.defvjp(_silu_parts_forward, _silu_parts_backward)

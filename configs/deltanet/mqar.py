@@ -6,8 +6,10 @@ r"""MQAR (Figure 4 of arXiv:2406.06484): recall of 64 pairs in 512 tokens, by mo
 
 Zoology's protocol: 100,000 training examples, four learning rates, which are trained at once here, and an end as soon
 as one of them is above 99 % on the test set; at width 64 for each of three seeds. The sweep over mixers leaves its
-trainings where the entry finds them. At scale `paper` 64 epochs; `gpu` has 8, where the cosine ends, and leaves the
-lowest learning rate out; `cpu` is a small problem of the same kind, which shows that everything runs.
+trainings where the entry finds them. At scale `paper` 64 epochs. In 6 of them no model learned anything but which
+values occur, so at scale `gpu` four fifths of the training examples have 4 to 32 pairs, as later protocols of Zoology
+mix them; it has 12 epochs, where the cosine ends, and leaves the lowest learning rate out. The test is the same. `cpu`
+is a small problem of the same kind, which shows that everything runs.
 
 Expected (the paper's figure, width 64, 128, 256, 512): DeltaNet 100 everywhere, GLA 22, 95, 100, 100, RetNet 5, 87, 96,
 97.
@@ -28,11 +30,13 @@ SEEDS = {64: (0, 1, 2)}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Arguments: `scale`, `mixer` (a key of `deltanet.synthetic.models.MIXERS`) and `width`."""
-    argument = parse_argument(arg, scale=SCALES, mixer=("deltanet_no_conv", *MIXERS), width=64)
+    """Arguments: `scale`, `mixer` (a key of `deltanet.synthetic.models.MIXERS`), its `heads`, and `width`."""
+    argument = parse_argument(arg, scale=SCALES, mixer=("deltanet_no_conv", *MIXERS), heads=2, width=64)
     small = argument.scale == "cpu"
     config = base_config()
     data = {"name": "deltanet.synthetic.mqar.mqar", "length": 512, "pairs": 64}
+    if argument.scale == "gpu":
+        data["fewer"] = (4, 8, 16, 32)
     if small:
         data |= {"length": 16, "pairs": 2, "vocabulary": 32, "train": 640, "test": 64}
     config.task = {"name": "deltanet.synthetic.task.SyntheticTask", "data": data, "shuffle": False}
@@ -41,14 +45,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name": "deltanet.synthetic.models.mqar_model",
         "mixer": argument.mixer,
         "width": argument.width,
-        "heads": 2,
+        "heads": argument.heads,
         "length": data["length"],
         "dtype": "float32" if small else "bfloat16",
     }
     config.seeds = (0,) if small else SEEDS.get(argument.width, (0,))
     config.replicate = (("optimizer.learning_rate", RATES[-RATES_AT[argument.scale] :]),)
     config.batch_size = 16 if small else 128
-    config.steps = {"cpu": "2 epochs", "gpu": "8 epochs", "paper": "64 epochs"}[argument.scale]
+    config.steps = {"cpu": "2 epochs", "gpu": "12 epochs", "paper": "64 epochs"}[argument.scale]
     config.optimizer.name = "adamw"
     config.optimizer.options = {"weight_decay": 0.1}
     config.optimizer.schedule = "cosine"

@@ -25,6 +25,7 @@ def mqar(
     test: int = 3000,
     seed: int = 123,
     random_fillers: bool = False,
+    fewer: tuple[int, ...] = (),
 ) -> Benchmark:
     """The benchmark; training and test examples are independent.
 
@@ -36,6 +37,8 @@ def mqar(
       test: test examples.
       seed: of everything.
       random_fillers: whether the places that are neither pair nor query hold random tokens instead of token 0.
+      fewer: numbers of pairs. As many training examples have each of them as have `pairs`, in a random order. From
+        those with few pairs, recall is learned much sooner.
 
     Raises:
       UserError: the pairs do not fit.
@@ -43,11 +46,19 @@ def mqar(
     if length % 2 or 4 * pairs > length or pairs >= vocabulary // 2:
         raise UserError(f"{pairs} pairs need an even length of at least {4 * pairs} and more keys; length is {length}")
     rngs = np.random.default_rng(seed).spawn(2)
-    sets = [
-        examples(rng, count, length, pairs, vocabulary, random_fillers)
-        for rng, count in zip(rngs, (train, test), strict=True)
-    ]
-    return Benchmark(sets[0], {"test": sets[1]}, vocabulary)
+
+    def make(rng: np.random.Generator, count: int, pairs: int) -> TokenSet:
+        return examples(rng, count, length, pairs, vocabulary, random_fillers)
+
+    if fewer:
+        kinds = (pairs, *fewer)
+        sizes = np.diff(np.linspace(0, train, len(kinds) + 1).astype(int))
+        parts = [make(rngs[0], size, kind) for size, kind in zip(sizes, kinds, strict=True)]
+        order = rngs[0].permutation(train)
+        training = TokenSet(*(np.concatenate(arrays)[order] for arrays in zip(*(p[:2] for p in parts), strict=True)))
+    else:
+        training = make(rngs[0], train, pairs)
+    return Benchmark(training, {"test": make(rngs[1], test, pairs)}, vocabulary)
 
 
 def examples(
