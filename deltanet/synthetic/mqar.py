@@ -26,6 +26,7 @@ def mqar(
     seed: int = 123,
     random_fillers: bool = False,
     fewer: tuple[int, ...] = (),
+    block: int = 128,
 ) -> Benchmark:
     """The benchmark; training and test examples are independent.
 
@@ -37,8 +38,8 @@ def mqar(
       test: test examples.
       seed: of everything.
       random_fillers: whether the places that are neither pair nor query hold random tokens instead of token 0.
-      fewer: numbers of pairs. As many training examples have each of them as have `pairs`, in a random order. From
-        those with few pairs, recall is learned much sooner.
+      fewer: numbers of pairs that training examples have in turn with `pairs`.
+      block: examples in succession that have the same number of pairs; a batch, so that each step weighs the same.
 
     Raises:
       UserError: the pairs do not fit.
@@ -50,14 +51,11 @@ def mqar(
     def make(rng: np.random.Generator, count: int, pairs: int) -> TokenSet:
         return examples(rng, count, length, pairs, vocabulary, random_fillers)
 
-    if fewer:
-        kinds = (pairs, *fewer)
-        sizes = np.diff(np.linspace(0, train, len(kinds) + 1).astype(int))
-        parts = [make(rngs[0], size, kind) for size, kind in zip(sizes, kinds, strict=True)]
-        order = rngs[0].permutation(train)
-        training = TokenSet(*(np.concatenate(arrays)[order] for arrays in zip(*(p[:2] for p in parts), strict=True)))
-    else:
-        training = make(rngs[0], train, pairs)
+    blocks = [
+        make(rngs[0], min(block, train - begin), (pairs, *fewer)[index % (1 + len(fewer))])
+        for index, begin in enumerate(range(0, train, block))
+    ]
+    training = TokenSet(*(np.concatenate(arrays) for arrays in zip(*(b[:2] for b in blocks), strict=True)))
     return Benchmark(training, {"test": make(rngs[1], test, pairs)}, vocabulary)
 
 
