@@ -62,7 +62,6 @@ class DeltaNet(RecurrentMixer):
     ):
         super().__init__(width, heads=heads, convolution=convolution, rngs=rngs, **shared)
         self.feature_map = choose(FEATURE_MAPS, feature_map, "feature_map")
-        self.smooth &= feature_map == "silu"
         self.key_norm, self.l2_normalize = choose(KEY_NORMS, key_norm, "key_norm"), key_norm == "l2"
         self.beta_limit = 2.0 if negative_eigenvalues else 1.0
         self.implementation = implementation

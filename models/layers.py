@@ -5,7 +5,6 @@ rounding would be felt, compute in float32 at least.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -141,33 +140,24 @@ def _convolve(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) ->
     return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _silu_parts(
-    x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None, edges: tuple[int, ...]
-) -> tuple[jax.Array, ...]:
-    """SiLU of the convolution, split along the channels.
-
-    Forward, each part is a pass of its own, which what follows can join; backward, all are one, which convolves again.
-    So neither direction writes the convolution to memory.
-    """
-    parts = zip(jnp.split(x, edges, -1), jnp.split(kernel, edges, -1), strict=True)
-    return tuple(jax.nn.silu(_convolve(*part, segment_ids)) for part in parts)
+@jax.custom_vjp
+def _convolution(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """`_convolve`, whose backward sums over tokens in a pass of its own: joined to the one that writes d_x, both take
+    half as long again."""
+    return _convolve(x, kernel, segment_ids)
 
 
-def _silu_parts_forward(x, kernel, segment_ids, edges):
-    return _silu_parts(x, kernel, segment_ids, edges), (x, kernel, segment_ids)
+def _convolution_forward(x, kernel, segment_ids):
+    return _convolve(x, kernel, segment_ids), (x, kernel, segment_ids)
 
 
-def _silu_parts_backward(edges, residuals, d_parts):
-    # Without the barrier the compiler would keep the forward's convolution to save this one.
-    x, kernel, segment_ids = jax.lax.optimization_barrier(residuals)
-    y, backward = jax.vjp(lambda x, kernel: _convolve(x, kernel, segment_ids), x, kernel)
-    (d_y,) = jax.vjp(jax.nn.silu, y)[1](jnp.concatenate(d_parts, -1))
-    # The second one keeps the kernel's sums over tokens out of the pass that writes d_x, which they make slow.
+def _convolution_backward(residuals, d_y):
+    x, kernel, segment_ids = residuals
+    _, backward = jax.vjp(lambda x, kernel: _convolve(x, kernel, segment_ids), x, kernel)
     return backward(d_y)[0], backward(jax.lax.optimization_barrier(d_y))[1], None
 
 
-_silu_parts.defvjp(_silu_parts_forward, _silu_parts_backward)
+_convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 class ShortConvolution(nnx.Module):
@@ -184,11 +174,7 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """`[batch, time, channels]` to the same; tokens of other segments [batch, time] count as zeros."""
-        return _convolve(x, gathered(self.kernel[...].astype(x.dtype)), segment_ids)
-
-    def silu(self, x: jax.Array, edges: tuple[int, ...], segment_ids: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """SiLU of the convolution in parts, whose channels end at `edges`."""
-        return _silu_parts(x, gathered(self.kernel[...].astype(x.dtype)), segment_ids, edges)
+        return _convolution(x, gathered(self.kernel[...].astype(x.dtype)), segment_ids)
 
     def cache(self, x: jax.Array) -> jax.Array:
         """The last `size - 1` tokens of `x`, zeros in front of short ones, [batch, size - 1, channels]."""

@@ -50,7 +50,6 @@ class LinearAttention(LinearMixer):
     def __init__(self, width: int, *, feature_map: str = "identity", rngs: nnx.Rngs, **shared):
         super().__init__(width, rngs=rngs, **shared)
         self.feature_map = choose(FEATURE_MAPS, feature_map, "feature_map")
-        self.smooth &= feature_map == "identity"
 
     def activate(self, q, k, v):
         q, k, v = super().activate(q, k, v)

@@ -24,7 +24,7 @@ Cache = dict[str, Any]
 class RecurrentMixer(nnx.Module):
     """Queries, keys and values from one projection, perhaps through a short convolution; a recurrence; an output.
 
-    A subclass gives `recur`, and where it differs `activate` and `smooth`, whether that is SiLU after a convolution.
+    A subclass gives `recur`, and where it differs `activate`.
 
     Args:
       width: of the tokens.
@@ -54,7 +54,6 @@ class RecurrentMixer(nnx.Module):
         self.heads, self.keys, self.values = heads, keys, values
         self.qkv = Linear(width, 2 * keys + values, rngs=rngs)
         self.convolution = ShortConvolution(2 * keys + values, convolution, rngs=rngs) if convolution else None
-        self.smooth = convolution > 0
         self.gate = Linear(width, values, rngs=rngs) if gate else None
         self.norm = RmsNorm(values // heads, norm_epsilon)
         self.out = Linear(values, width, rngs=rngs)
@@ -102,22 +101,17 @@ class RecurrentMixer(nnx.Module):
         new = {"position": cache["position"] + 1}
         if self.convolution:
             u, new["convolution"] = self.convolution.step(u, cache["convolution"])
-        parts = self.activate(*jnp.split(u, (self.keys, 2 * self.keys), -1))
-        output, new["state"] = self.recur_step(x, *self._heads(parts), cache)
+        output, new["state"] = self.recur_step(x, *self._heads(u), cache)
         return self._finish(x, output), new
 
     def _sequence(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         projected = self.qkv(x)
-        edges = (self.keys, 2 * self.keys)
-        if self.smooth:
-            parts = self.convolution.silu(projected, edges, segment_ids)
-        else:
-            u = kept(self.convolution(projected, segment_ids)) if self.convolution else projected
-            parts = self.activate(*jnp.split(u, edges, -1))
-        output, state = self.recur(x, *self._heads(parts), segment_ids)
+        u = kept(self.convolution(projected, segment_ids)) if self.convolution else projected
+        output, state = self.recur(x, *self._heads(u), segment_ids)
         return self._finish(x, output), projected, state
 
-    def _heads(self, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def _heads(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        parts = self.activate(*jnp.split(u, [self.keys, 2 * self.keys], -1))
         return tuple(kept(part).reshape(*part.shape[:-1], self.heads, -1) for part in parts)
 
     def _finish(self, x: jax.Array, output: jax.Array) -> jax.Array:

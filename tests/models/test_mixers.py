@@ -144,17 +144,20 @@ def test_convolution_is_causal_correlation():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_parts_of_an_activated_convolution(packed):
+def test_gradient_of_the_convolution(packed):
     convolution = ShortConvolution(6, 4, rngs=nnx.Rngs(0))
     graph, state = nnx.split(convolution)
     x, d = jax.random.normal(jax.random.key(0), (2, 3, 2, 9, 6))  # of three replicas
-    segment_ids = jnp.array([[0] * 5 + [1] * 4, [0] * 9]) if packed else None
+    segment_ids = jnp.array([[0] * 5 + [1] * 4, [0] * 9])
+    same = (segment_ids[:, :, None] == segment_ids[:, None]) if packed else jnp.ones((2, 9, 9), bool)
 
-    def fused(state, x):
-        return jnp.concatenate(nnx.merge(graph, state).silu(x, (2, 3), segment_ids), -1)
+    def convolved(state, x):
+        return nnx.merge(graph, state)(x, segment_ids if packed else None)
 
-    def written_out(state, x):
-        return jax.nn.silu(nnx.merge(graph, state)(x, segment_ids))
+    def as_a_matrix(state, x):
+        taps = jnp.stack([jnp.eye(9, k=-steps) for steps in range(4)])
+        matrix = jnp.einsum("sij,sc,bij->bcij", taps, nnx.merge(graph, state).kernel[...][::-1], same)
+        return jnp.einsum("bcij,bjc->bic", matrix, x)
 
     def results(function):
         @jax.jit
@@ -165,9 +168,8 @@ def test_parts_of_an_activated_convolution(packed):
 
         return run(state, x, d)
 
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6), *map(results, (fused, written_out))
-    )
+    check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
+    jax.tree.map(check, results(convolved), results(as_a_matrix))
 
 
 @pytest.mark.parametrize(
