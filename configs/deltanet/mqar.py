@@ -6,10 +6,13 @@ r"""MQAR (Figure 4 of arXiv:2406.06484): recall of 64 pairs in 512 tokens, by mo
 
 Zoology's protocol: 100,000 training examples, four learning rates, which are trained at once here, and an end as soon
 as one of them is above 99 % on the test set. The sweep over mixers leaves its trainings where the entry finds them; at
-width 64 there are two more seeds, `:seed=1` in the folder mqar/64/seed=1 and so on. At scale `paper` 64 epochs. In 6 of
-them no model learned more than which values occur, so at scale `gpu` four fifths of the training examples have 4 to 32
-pairs, as later protocols of Zoology mix them; it has 12 epochs, where the cosine ends, and leaves the lowest learning
-rate out. The test is the same. `cpu` is a small problem of the same kind, which shows that everything runs.
+width 64 there are two more seeds, `:seed=1` in the folder mqar/64/seed=1 and so on.
+
+At scale `paper` 64 epochs. In 6 of them no model learned more than which values occur, so at scale `gpu` four fifths of
+the training examples have 4 to 32 pairs, as later protocols of Zoology mix them; it has 12 epochs, where the cosine
+ends, and leaves the lowest learning rate out. At width 64 it has 6 epochs, two learning rates and one head, with which
+DeltaNet recalled more in a first trial (91 % after 3 epochs, 82 % with two heads). The test is the same. `cpu` is a
+small problem of the same kind, which shows that everything runs.
 
 Expected (the paper's figure, width 64, 128, 256, 512): DeltaNet 100 everywhere, GLA 22, 95, 100, 100, RetNet 5, 87, 96,
 97.
@@ -22,15 +25,14 @@ from training.config import base_config, parse_argument
 
 SCALES = ("cpu", "gpu", "paper")
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
-RATES_AT = {"cpu": 2, "gpu": 3, "paper": 4}
-"""How many learning rates, from the highest on, are tried at a scale."""
 ROWS = ("deltanet_no_conv", "linear_attention", "retnet", "gla", "mamba2", "softmax")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Arguments: `scale`, `mixer` (a key of `deltanet.synthetic.models.MIXERS`), its `heads`, `width`, and `seed`."""
-    argument = parse_argument(arg, scale=SCALES, mixer=("deltanet_no_conv", *MIXERS), heads=2, width=64, seed=0)
+    """Arguments: `scale`, `mixer` (of `deltanet.synthetic.models.MIXERS`), `heads` (0: see above), `width`, `seed`."""
+    argument = parse_argument(arg, scale=SCALES, mixer=("deltanet_no_conv", *MIXERS), heads=0, width=64, seed=0)
     small = argument.scale == "cpu"
+    short = argument.scale == "gpu" and argument.width == 64
     config = base_config()
     data = {"name": "deltanet.synthetic.mqar.mqar", "length": 512, "pairs": 64}
     if argument.scale == "gpu":
@@ -43,14 +45,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name": "deltanet.synthetic.models.mqar_model",
         "mixer": argument.mixer,
         "width": argument.width,
-        "heads": argument.heads,
+        "heads": argument.heads or (1 if short else 2),
         "length": data["length"],
         "dtype": "float32" if small else "bfloat16",
     }
     config.seeds = (argument.seed,)
-    config.replicate = (("optimizer.learning_rate", RATES[-RATES_AT[argument.scale] :]),)
+    rates = {"cpu": RATES[2:], "gpu": (4.64e-4, 1e-3) if short else RATES[1:], "paper": RATES}[argument.scale]
+    config.replicate = (("optimizer.learning_rate", rates),)
     config.batch_size = 16 if small else 128
-    config.steps = {"cpu": "2 epochs", "gpu": "12 epochs", "paper": "64 epochs"}[argument.scale]
+    epochs = {"cpu": 2, "gpu": 6 if short else 12, "paper": 64}[argument.scale]
+    config.steps = f"{epochs} epochs"
     config.optimizer.name = "adamw"
     config.optimizer.options = {"weight_decay": 0.1}
     config.optimizer.schedule = "cosine"
