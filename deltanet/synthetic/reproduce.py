@@ -22,6 +22,8 @@ TITLES = {
     "gla_conv": "GLA, convolution",
     "mamba2": "Mamba-2",
 }
+PAPER_TITLES = {**TITLES, "mamba2": "Mamba"}
+"""Whose numbers the paper has."""
 
 
 class Grid(NamedTuple):
@@ -112,7 +114,7 @@ def _draw(values: Values, grid: Grid, paper: Mapping[str, Mapping[str, float]], 
         for cells, style in ((values["found"].get(mixer, {}), "o-"), (paper.get(mixer, {}), "x:")):
             known = [s for s in settings if s in cells]
             if known:
-                name = TITLES[mixer] if style == "o-" else f"{TITLES[mixer]} (paper)"
+                name = TITLES[mixer] if style == "o-" else f"{PAPER_TITLES[mixer]} (paper)"
                 heights = [np.mean(cells[s]) for s in known]
                 axes.plot([settings.index(s) for s in known], heights, style, color=f"C{i}", label=name)
     axes.set_xticks(range(len(settings)), settings, rotation=0 if len(settings) < 5 else 20)
