@@ -107,16 +107,15 @@ def _rows(
 
 
 def _draw(values: Values, grid: Grid, paper: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
-    """A line for each mixer, the paper's dashed."""
+    """A line for each mixer, the paper's dotted; with a gap where a cell is empty."""
     settings = [str(setting) for setting in grid.settings]
     figure, ((axes,),) = plotting.figure(1, width=7, height=4)
     for i, mixer in enumerate(grid.mixers):
         for cells, style in ((values["found"].get(mixer, {}), "o-"), (paper.get(mixer, {}), "x:")):
-            known = [s for s in settings if s in cells]
-            if known:
+            if cells:
                 name = TITLES[mixer] if style == "o-" else f"{PAPER_TITLES[mixer]} (paper)"
-                heights = [np.mean(cells[s]) for s in known]
-                axes.plot([settings.index(s) for s in known], heights, style, color=f"C{i}", label=name)
+                heights = [np.mean(cells.get(s, np.nan)) for s in settings]
+                axes.plot(range(len(settings)), heights, style, color=f"C{i}", label=name)
     axes.set_xticks(range(len(settings)), settings, rotation=0 if len(settings) < 5 else 20)
     axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(-3, 103))
     axes.legend(fontsize=7, ncols=2)
