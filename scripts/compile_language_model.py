@@ -67,7 +67,9 @@ def make_mesh(devices: int) -> Mesh:
 
 def compile_step(size: str, devices: int, accumulate: int) -> dict[str, Any]:
     """What the compiler says of one optimiser step."""
-    config = load(f"{CONFIG}:size={size}")
+    config = load(f"{CONFIG}:size={size}").copy_and_resolve_references()
+    config.unlock()
+    config.task = {"name": "deltanet.throughput.RandomTokens", "length": config.task.length, "chunk": config.task.chunk}
     config.optimizer.accumulate = accumulate
     mesh = make_mesh(devices)
     check_batch(config.batch_size, accumulate, mesh)

@@ -1,8 +1,13 @@
 """Language models of the DeltaNet paper (arXiv:2406.06484, Table 1 and the ablations), their rivals and hybrids.
 
+  python scripts/prepare_data.py corpus --source=FOLDER          of SlimPajama's or C4's shards; into runs/data/FOLDER
   python train.py --config=configs/deltanet/language.py:size=340M,mixer=deltanet --workdir=runs/deltanet_340M
-  python train.py --config=configs/deltanet/language.py:size=tiny --workdir=runs/tiny          a laptop, a minute
-  python train.py --config=configs/deltanet/language.py:runlocal=true --workdir=runs/local     few steps of anything
+  python scripts/prepare_data.py tiny_shakespeare --source=FOLDER
+  python train.py --config=configs/deltanet/language.py:size=tiny,data=runs/data/tiny_shakespeare --workdir=runs/tiny
+
+The last trains on a laptop in a minute; `runlocal=true` makes a few steps of anything. Data are windows of any texts
+that `scripts/prepare_data.py` has prepared with a split `validation`; `python scripts/benchmark_language_model.py`
+measures what steps cost, without data.
 
 | size | parameters, with one embedding | tokens | batch, tokens | made for |
 |---|---|---|---|---|
@@ -48,11 +53,19 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Arguments: `size`, a key of `RECIPES`; `mixer`, a key of `deltanet.language.MIXERS`; `runlocal`."""
-    options = parse_argument(arg, size=tuple(RECIPES), mixer=tuple(MIXERS), runlocal=False)
+    """Arguments: `size`, a key of `RECIPES`; `mixer`, a key of `deltanet.language.MIXERS`; `data`; `runlocal`."""
+    options = parse_argument(
+        arg, size=tuple(RECIPES), mixer=tuple(MIXERS), data="runs/data/SlimPajama-627B", runlocal=False
+    )
     recipe = RECIPES[options.size]
     config = base_config()
-    config.task = {"name": "deltanet.throughput.RandomTokens", "length": recipe.length, "chunk": 8192}
+    config.task = {
+        "name": "deltanet.language_task.HostText",
+        "folder": options.data,
+        "length": recipe.length,
+        "held_out": ("validation",),
+        "chunk": 8192,
+    }
     config.model = {
         "name": "deltanet.language.language_model",
         "size": options.size,

@@ -5,8 +5,8 @@ r"""RegBench (a figure in the appendix of arXiv:2406.06484): random regular lang
       --workdir=runs/reproduce/gpu/regbench/2500
   python scripts/reproduce.py deltanet/synthetic/regbench --scale=gpu
 
-Two learning rates are trained at once, and the better one on the validation set counts. Scale `gpu` has 50 of the 200
-epochs of `paper`; `cpu` a few.
+At scale `paper` two learning rates are trained at once for 200 epochs, and the better one on the validation set counts.
+Scale `gpu` has the higher one and 100,000 sequences, 40 or 20 epochs of 2,500 or 5,000; `cpu` has a few epochs.
 
 Expected (the paper's figure, at 2,500 and 5,000 training sequences): Transformer++ 92.7 and 94.0, DeltaNet 81.3 and
 87.2, without convolution 79.1 and 85.1, GLA without convolution 52.6 and 81.4.
@@ -38,9 +38,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "heads": 2,
         "dtype": "float32" if small else "bfloat16",
     }
-    config.replicate = (("optimizer.learning_rate", (5e-4,) if small else (2.5e-4, 5e-4)),)
+    rates = (2.5e-4, 5e-4) if argument.scale == "paper" else (5e-4,)
+    config.replicate = (("optimizer.learning_rate", rates),)
     config.batch_size = 32
-    config.steps = {"cpu": "4 epochs", "gpu": "50 epochs", "paper": "200 epochs"}[argument.scale]
+    config.steps = {"cpu": "4 epochs", "gpu": "100000 examples", "paper": "200 epochs"}[argument.scale]
     config.optimizer.name = "adamw"
     config.optimizer.options = {"weight_decay": 0.1}
     config.optimizer.schedule, config.optimizer.final_fraction = "cosine", 0.1

@@ -66,6 +66,7 @@ def mqar_model(
         tied=True,
         positions=length if softmax else None,
         dropout=0.1,
+        unroll=2,
         dtype=dtype,
         rngs=rngs,
     )
@@ -132,6 +133,7 @@ def mad_model(
         mixers={mixer: choose(MIXERS, mixer, "mixer")(heads)},
         mlp="swiglu",
         hidden=16 * -(-int(width * 8 / 3) // 16),
+        unroll=2,
         dtype=dtype,
         rngs=rngs,
     )
@@ -161,6 +163,7 @@ def regbench_model(
         norm_epsilon=1e-5,
         tied=True,
         dropout=0.1,
+        unroll=depth,
         dtype=dtype,
         rngs=rngs,
     )

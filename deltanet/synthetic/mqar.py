@@ -25,6 +25,8 @@ def mqar(
     test: int = 3000,
     seed: int = 123,
     random_fillers: bool = False,
+    fewer: tuple[int, ...] = (),
+    block: int = 128,
 ) -> Benchmark:
     """The benchmark; training and test examples are independent.
 
@@ -36,6 +38,8 @@ def mqar(
       test: test examples.
       seed: of everything.
       random_fillers: whether the places that are neither pair nor query hold random tokens instead of token 0.
+      fewer: numbers of pairs that training examples have in turn with `pairs`.
+      block: examples in succession that have the same number of pairs; a batch, so that each step weighs the same.
 
     Raises:
       UserError: the pairs do not fit.
@@ -43,11 +47,16 @@ def mqar(
     if length % 2 or 4 * pairs > length or pairs >= vocabulary // 2:
         raise UserError(f"{pairs} pairs need an even length of at least {4 * pairs} and more keys; length is {length}")
     rngs = np.random.default_rng(seed).spawn(2)
-    sets = [
-        examples(rng, count, length, pairs, vocabulary, random_fillers)
-        for rng, count in zip(rngs, (train, test), strict=True)
+
+    def make(rng: np.random.Generator, count: int, pairs: int) -> TokenSet:
+        return examples(rng, count, length, pairs, vocabulary, random_fillers)
+
+    blocks = [
+        make(rngs[0], min(block, train - begin), (pairs, *fewer)[index % (1 + len(fewer))])
+        for index, begin in enumerate(range(0, train, block))
     ]
-    return Benchmark(sets[0], {"test": sets[1]}, vocabulary)
+    training = TokenSet(*(np.concatenate(arrays) for arrays in zip(*(b[:2] for b in blocks), strict=True)))
+    return Benchmark(training, {"test": make(rngs[1], test, pairs)}, vocabulary)
 
 
 def examples(

@@ -173,20 +173,21 @@ class Decoder:
 
         self._tokens, self._shape = tokens, shape
         self._graph = nnx.graphdef(nnx.eval_shape(make))
-        self._state = jax.jit(lambda: nnx.state(make()))()
+        self._make = jax.jit(lambda: nnx.state(make()))
+        weights = jax.eval_shape(self._make)
         prompt = jax.ShapeDtypeStruct((shape.batch, 1), jnp.int32)
         self._start = jax.eval_shape(
             lambda state, prompt: sampling.prefill(self._graph, state, prompt, shape.length + tokens),
-            self._state,
+            weights,
             prompt,
         )
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._start.caches))
         start, key = self._start, jax.random.key(0)
-        self._run = sampling.extend.lower(self._graph, self._state, start, key, tokens, 0.0, None).compile()
+        self._run = sampling.extend.lower(self._graph, weights, start, key, tokens, 0.0, None).compile()
 
     def seconds(self, repeats: int) -> list[float]:
         """Seconds for a token of every sequence, `repeats` means over all that are added, after one more."""
-        samples = []
+        weights, samples = self._make(), []
         for _ in range(repeats + 1):
             # Integers are the numbers of tokens so far.
             start = jax.tree.map(
@@ -194,7 +195,7 @@ class Decoder:
             )
             jax.block_until_ready(start)
             begin = time.perf_counter()
-            added, _ = self._run(self._state, start, jax.random.key(0))
+            added, _ = self._run(weights, start, jax.random.key(0))
             jax.block_until_ready(added)
             samples.append((time.perf_counter() - begin) / self._tokens)
         return samples[1:]

@@ -11,7 +11,7 @@ from training import plotting
 from training.step import State
 
 Values = dict[str, Any]
-_COMPILING = 8  # threads; each program is compiled before the first is timed
+_COMPILING = 8  # threads; each program is compiled before the first is timed, so that nothing runs beside a timing
 
 
 def compare(
@@ -28,6 +28,8 @@ def compare(
     report: Callable[[str], None],
 ) -> Values:
     """Times training steps of all mixers and shapes, and decoding after all contexts, in one process.
+
+    A program is let go when it has been timed. Compiled programs that wait hold no arrays.
 
     Args:
       size: a key of `deltanet.language.SIZES`.
@@ -56,6 +58,7 @@ def compare(
             for mixer in mixers
             for shape in decode_shapes
         }
+    report(f"{len(training) + len(decoding)} programs are compiled")
     values: Values = {
         "size": size,
         "matrix_rate": matrix_rate(matrix),
@@ -66,13 +69,13 @@ def compare(
     for mixer in mixers:
         state = None
         for shape in shapes:
-            found, state = _train(training[mixer, shape], state, shape, repeats)
+            found, state = _train(training.pop((mixer, shape)), state, shape, repeats)
             values["parameters"].setdefault(mixer, found.pop("parameters", None))
             values["training"].setdefault(mixer, {})[str(shape)] = found
             report(f"training {mixer} {shape}: {found}")
         state = None  # before the next model's is made
         for shape in decode_shapes:
-            found = _decode(decoding[mixer, shape], shape, repeats)
+            found = _decode(decoding.pop((mixer, shape)), shape, repeats)
             values["decoding"].setdefault(mixer, {})[str(shape)] = found
             report(f"decoding {mixer} {shape}: {found}")
     return values

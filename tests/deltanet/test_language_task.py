@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import pytest
 from data import scored_tests, token_shards
 from data.tokenizers import Bytes
 from deltanet.language_task import DeviceText, HostText
+from training import config as configs
 from training import loop
 from training.config import base_config
 from training.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 LENGTH, BATCH = 16, 4
 MODEL = {
     "name": "deltanet.language.language_model",
@@ -111,3 +114,19 @@ def test_errors(folder):
         _ = DeviceText(model=MODEL, batch_size=2, folder=folder, length=100_000).examples_per_epoch
     with pytest.raises(UserError, match="there are no prepared texts in /nowhere"):
         make(DeviceText, "/nowhere").residents()
+
+
+def test_the_language_models_config_trains_on_prepared_texts(tmp_path):
+    documents = [f"{i} and {i} are {2 * i}.\n" for i in range(60)]
+    token_shards.write(tmp_path / "texts", Bytes(), {"train": documents, "validation": documents[:20]}, size=200)
+    config = configs.load(f"{ROOT}/configs/deltanet/language.py:size=tiny,data={tmp_path}/texts,runlocal=true")
+    result = loop.train(config, tmp_path / "run")
+    assert result.metrics["loss"] > result.metrics["validation/loss"] > 0
+    state = loop.Checkpoints(tmp_path / "run", 1).restore(loop.Compiled(loop.make_program(config)).abstract_state)
+    assert state.iterator == 4
+
+
+def test_the_language_models_config_names_what_is_missing(tmp_path):
+    config = configs.load(f"{ROOT}/configs/deltanet/language.py:size=340M,data={tmp_path}/texts")
+    with pytest.raises(UserError, match=f"no prepared texts in {tmp_path}/texts; see python scripts/prepare_data.py"):
+        loop.make_program(config)

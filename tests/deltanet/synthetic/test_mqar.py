@@ -80,6 +80,13 @@ def test_sets_are_a_function_of_the_seed_and_do_not_share_examples():
     assert (one.train.tokens != one.held_out["test"].tokens).any()
 
 
+def test_training_examples_with_fewer_pairs():
+    mixed = mqar(length=16, pairs=4, vocabulary=32, train=50, test=30, fewer=(1, 2), block=10)
+    assert (mixed.train.labels != IGNORE).sum(1).tolist() == [pairs for pairs in (4, 1, 2, 4, 1) for _ in range(10)]
+    assert ((mixed.held_out["test"].labels != IGNORE).sum(1) == 4).all()
+    assert len(np.unique(mixed.train.tokens, axis=0)) > 45
+
+
 @pytest.mark.parametrize(("length", "pairs"), [(511, 64), (252, 64), (512, 4096)])
 def test_pairs_that_do_not_fit_are_refused(length, pairs):
     with pytest.raises(UserError, match="pairs need"):

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from deltanet.synthetic.models import MIXERS, mad_model, mqar_model, regbench_model
-from deltanet.synthetic.reproduce import best
+from deltanet.synthetic.reproduce import ENTRIES, best
 from deltanet.synthetic.task import SyntheticTask, measured
 from deltanet.synthetic.tokens import IGNORE
+from training import config as configs
 from training.errors import UserError
 
 DATA = {"name": "deltanet.synthetic.mqar.mqar", "length": 16, "pairs": 2, "vocabulary": 32, "train": 10, "test": 7}
@@ -124,7 +125,26 @@ def test_a_batch_larger_than_the_data_is_refused():
         SyntheticTask(MODEL, 11, DATA).residents()
 
 
-def test_the_best_replica_of_every_seed_counts():
-    scores = [0.1, 0.2, 0.5, 0.4, float("nan"), 0.3]  # three values of two seeds each
-    assert best(scores, scores, 2) == [0.5, 0.4]
-    assert best([1, 2, 3, 4], [0.9, 0.1, 0.2, 0.8], 2) == [1, 4]
+def test_the_best_replica_counts():
+    assert best([0.1, float("nan"), 0.5], [0.1, float("nan"), 0.5]) == 0.5
+    assert best([1, 2], [0.9, 0.1]) == 1
+    assert best(0.3, 0.3) == 0.3
+    assert best([float("nan")], [float("nan")]) == 0
+
+
+def test_trainings_of_a_grid():
+    class Finished:
+        scale, asked = "gpu", []
+
+        def metrics(self, name, config, overrides):
+            configs.override(configs.load(config), overrides)
+            self.asked.append(name)
+            return None if "retnet" in name else {"test/accuracy": [0.2, len(self.asked) / 100]}
+
+    found = ENTRIES["figure4"].run(Finished())["found"]
+    assert Finished.asked[:4] == [
+        f"mqar/{part}model.mixer=deltanet_no_conv" for part in ("64/", "64/seed=1/", "64/seed=2/", "128/")
+    ]
+    assert found["deltanet_no_conv"]["64"] == [20, 20, 20]
+    assert "retnet" not in found
+    assert len(found["softmax"]["512"]) == 1
