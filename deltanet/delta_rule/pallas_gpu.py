@@ -1,16 +1,18 @@
 """The chunkwise delta rule as Mosaic GPU kernels for NVIDIA Hopper GPUs, forward and backward, in bfloat16.
 
-    invert     every chunk by itself: A = (I + M)^-1, kept for the backward as the sum of two bfloat16 matrices
-    sweep      the chunks in order, the state in registers: the output; or, for the backward, states S and rows N
+    prepare    every chunk by itself: A = (I + M)^-1, and with it J = A^T K and L = Q K^T A (decay aside)
+    output     the chunks in order, the state in registers: the output
+    states     the same for the backward: the state before every chunk, and N
     reverse    the chunks in reverse order, the state's gradient dS in registers: dS of every chunk, and R = A^T dN
     gradients  every chunk and 64 columns of the keys by themselves: dQ, dK, dV, and those of the numbers per token
 
-`sweep` and `reverse` give each head a block of their own. One warpgroup of it copies tiles from device memory ahead of
-time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
+The chains over the chunks give each head a block of their own. One warpgroup of it copies tiles from device memory
+ahead of time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
 DERIVATION.md.
 
 Where keys are alike, sums over the tokens of a chunk cancel, and rounding decides what is left. What enters such a sum
-is therefore split into two bfloat16 matrices, the number and what its rounding lost; the state, dO and R need not be.
+is therefore split into two bfloat16 matrices, the number and what its rounding lost. J and L have such sums behind them
+and are not split.
 
 A kernel needs an operand's rows to be whole swizzled lines of 64 numbers, so head sizes are 64, 128 and 256.
 """
@@ -51,7 +53,7 @@ COLUMNS = 64  # value columns of a warpgroup
 SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
 _MULTIPROCESSORS = 132
-_INVERSES = 4  # chunks in a block of `invert`, each by a warpgroup; more would need more registers than there are
+_PREPARING = 3  # warpgroups of a block of `prepare`; more would need more registers than there are
 _STAGES = 2  # slots of the copies of a sweep, where shared memory holds so many
 _F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
@@ -153,88 +155,142 @@ def _kernel(body: Callable, name: str, layout: Layout, **options) -> Callable:
     return mgpu.kernel(body, f"delta_rule_{name}", layout.interpret, **options)
 
 
-# Kernel 1: the inverse.
+# Kernel 1: what is known of a chunk without the state.
 
 
-def invert(k: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
-    """A of every chunk as a sum of two: [2, batch, heads, time, chunk], bfloat16.
+def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep: bool):
+    """J of every chunk like `k` and L, [batch, heads, time, chunk], bfloat16; and A as a sum of two, [2, like L],
+    which only the backward needs, or None.
 
-    The blocks of the diagonal double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves, one
-    step of Newton's iteration with a residual of twice the digits removes.
+    The blocks of the diagonal of A double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves,
+    one step of Newton's iteration with a residual of twice the digits removes.
+
+    Every warpgroup works by itself, on one chunk after another: while one waits, others compute.
     """
-
     groups = layout.dim // 64
-    bytes_of_one = 2 * CHUNK * 64 * (max(groups, 2) + 5) + 4 * layout.rows * CHUNK
-    warpgroups = min(_INVERSES, layout.chunks, (_BLOCK_SHARED_MEMORY - 512) // bytes_of_one)
+    tiles = groups + max(groups, 2) + 4
+    bytes_of_one = 2 * CHUNK * 64 * tiles + 4 * layout.rows * CHUNK
+    # The interpreter takes the whole of a union for one, and the warpgroups' parts of it for a race.
+    warpgroups = 1 if layout.interpret else min(_PREPARING, (_BLOCK_SHARED_MEMORY - 512) // bytes_of_one)
+    total = layout.batch * layout.heads * layout.chunks
+    blocks = min(_MULTIPROCESSORS, -(-total // warpgroups))
 
-    def body(k_ref, rows_ref, inverse_ref, *, k_s, rows_s, x_s, y_s, m_s, loaded):
-        b, h, block, w = (lax.axis_index(name) for name in ("batch", "heads", "blocks", "warpgroup"))
-        n = block * warpgroups + w
-        tokens = pl.ds(n * CHUNK, CHUNK)
-        k_t, rows_t, x_t, y_t, m_t = k_s.at[w], rows_s.at[w], x_s.at[w], y_s.at[w], m_s.at[w]
+    def body(q_ref, k_ref, rows_ref, *refs, q_s, k_s, rows_s, m_s, x_and_a_s, loaded):
+        j_ref, l_ref, *inverse_ref = refs
+        x_s, a_s = x_and_a_s
+        w = lax.axis_index("warpgroup")
+        first = lax.axis_index("blocks") * warpgroups + w
+        q_t, k_t, rows_t, a_t, p_t = q_s.at[w], k_s.at[w], rows_s.at[w], parts_of(a_s.at[w]), parts_of(q_s.at[w])
+        (x_t, y_t), (high_t, low_t) = parts_of(x_s.at[w]), parts_of(m_s.at[w])
 
-        @pl.when(n < layout.chunks)
-        def _():
+        def step(item):
+            head, n = lax.div(item, jnp.int32(layout.chunks)), lax.rem(item, jnp.int32(layout.chunks))
+            b, h = lax.div(head, jnp.int32(layout.heads)), lax.rem(head, jnp.int32(layout.heads))
+            tokens = pl.ds(n * CHUNK, CHUNK)
             for group in range(groups):
                 columns = pl.ds(group * 64, 64)
                 plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, columns], k_t.at[group], loaded.at[w])
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, columns], q_t.at[group], loaded.at[w])
             for row in range(layout.rows):
                 plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_t.at[row], loaded.at[w])
             plgpu.barrier_wait(loaded.at[w])
-            i, j = row_and_column((CHUNK, CHUNK))
-            differs = i ^ j
-            unit = jnp.where(i == j, 1.0, 0.0)
+
+            def indices(salt):
+                """Rows and columns, with zeros added that the compiler doesn't know: else it computes all masks once
+                and keeps them in registers, which are too few.
+                """
+                i, j = row_and_column((CHUNK, CHUNK))
+                return i + lax.div(item, jnp.int32(total + salt)), j
+
+            i, j = indices(0)
+            pairs = _pairs(rows_t, layout) if layout.gated else jnp.where(i >= j, 1.0, 0.0)
+            score = product(*((q_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
+            plgpu.commit_smem()
+            store_split(p_t, score * (layout.scale * pairs))  # the queries are spent
             m = product(*((k_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
             m = scale_rows(m, along_rows(rows_t.at[0]))
-            if layout.gated:
-                m = m * _pairs(rows_t, layout)
-            m = jnp.where(i > j, m, 0.0)
-            x = unit - jnp.where(differs == 1, m, 0.0)
-            level_t, high_t, low_t = m_t.at[0], m_t.at[1], m_t.at[2]
+            m = jnp.where(i > j, m * pairs if layout.gated else m, 0.0)
+            x = jnp.where(i == j, 1.0, jnp.where((i ^ j) == 1, -m, 0.0))
             high = m.astype(_F16)
             high_t[...] = high
             low_t[...] = (m - high.astype(_F32)).astype(_F16)
             size = 2
             while size < CHUNK:
                 x_t[...] = x.astype(_F16)
-                # M comes back from shared memory each time: registers are what limits the chunks at work at once.
-                level_t[...] = jnp.where((differs >= size) & (differs < 2 * size), load(high_t), 0.0).astype(_F16)
                 plgpu.commit_smem()
-                y_t[...] = product((level_t, x_t)).astype(_F16)
+                y_t[...] = product((high_t, x_t)).astype(_F16)
                 plgpu.commit_smem()
-                x = x - product((x_t, y_t))
+                # X has no entries outside the blocks of this size, so the mask may come last.
+                i, j = indices(size)
+                differs = i ^ j
+                joined = (differs >= size) & (differs < 2 * size)
+                x = x - jnp.where(joined, product((x_t, y_t)), 0.0)
                 plgpu.commit_smem()
                 size *= 2
             x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
-            residual = unit - load(x_t) - product((high_t, x_t), (low_t, x_t))
+            i, j = indices(1)
+            residual = jnp.where(i == j, 1.0, 0.0) - load(x_t) - product((high_t, x_t), (low_t, x_t))
+            plgpu.commit_smem()
             y_t[...] = residual.astype(_F16)
             plgpu.commit_smem()
-            out = parts_of(k_t)  # the keys are spent
-            store_split(out, load(x_t) + product((x_t, y_t)))
+            inverse = load(x_t) + product((x_t, y_t))
             plgpu.commit_smem()
-            for part in range(2):
-                plgpu.copy_smem_to_gmem(out[part], inverse_ref.at[part, b, h, tokens])
-            plgpu.wait_smem_to_gmem(0)
+            store_split(a_t, inverse)
+            plgpu.commit_smem()
+            reads = product(*split_product(p_t, a_t))
+            if keep:
+                for part in range(2):
+                    plgpu.copy_smem_to_gmem(a_t[part], inverse_ref[0].at[part, b, h, tokens])
+            if layout.gated:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                store_split(a_t, scale_rows(inverse, _exit(rows_t, layout)))
+            else:
+                plgpu.commit_smem()
+            p_t[0][...] = reads.astype(_BF16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(p_t[0], l_ref.at[b, h, tokens])
+            for group in range(groups):
+                writes = product(*((transposed(x), k_t.at[group]) for x in a_t))
+                plgpu.commit_smem()
+                k_t.at[group][...] = writes.astype(_BF16)
+            plgpu.commit_smem()
+            for group in range(groups):
+                plgpu.copy_smem_to_gmem(k_t.at[group], j_ref.at[b, tokens, h, pl.ds(group * 64, 64)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return _kernel(
+        @pl.loop(0, -(-total // (blocks * warpgroups)))
+        def _(turn):
+            item = first + turn * (blocks * warpgroups)
+            pl.when(item < total)(partial(step, item))
+
+        plgpu.wait_smem_to_gmem(0)
+
+    l_shape = (layout.batch, layout.heads, layout.time, CHUNK)
+    shapes = [jax.ShapeDtypeStruct(k.shape, _BF16), jax.ShapeDtypeStruct(l_shape, _BF16)]
+    shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16)] * keep
+    results = _kernel(
         body,
-        "invert",
+        "prepare",
         layout,
-        out_type=jax.ShapeDtypeStruct((2, layout.batch, layout.heads, layout.time, CHUNK), _BF16),
-        grid=(layout.batch, layout.heads, -(-layout.chunks // warpgroups)),
-        grid_names=("batch", "heads", "blocks"),
+        out_type=tuple(shapes),
+        grid=(blocks,),
+        grid_names=("blocks",),
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={
-            "k_s": tile(warpgroups, max(groups, 2), CHUNK, 64),
+            "q_s": tile(warpgroups, max(groups, 2), CHUNK, 64),
+            "k_s": tile(warpgroups, groups, CHUNK, 64),
             "rows_s": plgpu.SMEM((warpgroups, layout.rows, CHUNK), _F32),
-            "x_s": tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
-            "y_s": tile(warpgroups, CHUNK, CHUNK, dtype=_F16),
-            "m_s": tile(warpgroups, 3, CHUNK, CHUNK, dtype=_F16),
-            "loaded": plgpu.Barrier(num_arrivals=groups + layout.rows, num_barriers=warpgroups),
+            "m_s": tile(warpgroups, 2, CHUNK, CHUNK, dtype=_F16),
+            # X and what it is multiplied with, float16; then A, split.
+            "x_and_a_s": plgpu.RefUnion(
+                tile(warpgroups, 2, CHUNK, CHUNK, dtype=_F16), tile(warpgroups, 2, CHUNK, CHUNK)
+            ),
+            "loaded": plgpu.Barrier(num_arrivals=2 * groups + layout.rows, num_barriers=warpgroups),
         },
-    )(k, rows)
+    )(q, k, rows)
+    return (*results, None)[:3]
 
 
 # Kernels 2 and 3: the sweeps.
@@ -245,24 +301,25 @@ class _Tiles(NamedTuple):
 
     keys: Sequence[Any]  # references to [batch, time, heads, dim]
     value: Any  # reference to [batch, time, heads, value_dim], of which each warpgroup gets its columns
-    inverse: Any
+    squares: Sequence[Any]  # references to [batch, heads, time, chunk]
     rows: Any
 
 
-def _stages(layout: Layout, keys: int, fixed: int) -> int:
+def _stages(layout: Layout, keys: int, squares: int, fixed: int) -> int:
     """Slots of the copies."""
-    slot = 2 * CHUNK * (keys * layout.dim + layout.warpgroups * COLUMNS + 2 * CHUNK) + 4 * layout.rows * CHUNK
+    slot = 2 * CHUNK * (keys * layout.dim + layout.warpgroups * COLUMNS + squares * CHUNK) + 4 * layout.rows * CHUNK
     return min(_STAGES, layout.chunks, (_BLOCK_SHARED_MEMORY - 1024 - fixed) // slot)
 
 
-def _slots(layout: Layout, stages: int, keys: int) -> dict[str, Any]:
+def _slots(layout: Layout, stages: int, keys: int, squares: int) -> dict[str, Any]:
     """Shared memory of the copies of a sweep, and the barriers between who copies and who computes."""
+    copies = keys + layout.warpgroups + squares + layout.rows
     return {
         "keys_s": [tile(stages, CHUNK, layout.dim) for _ in range(keys)],
         "value_s": tile(stages, layout.warpgroups, CHUNK, COLUMNS),
-        "inverse_s": tile(stages, 2, CHUNK, CHUNK),
+        "squares_s": [tile(stages, CHUNK, CHUNK) for _ in range(squares)],
         "rows_s": plgpu.SMEM((stages, layout.rows, CHUNK), _F32),
-        "full": plgpu.Barrier(num_arrivals=keys + layout.warpgroups + 2 + layout.rows, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=layout.warpgroups, num_barriers=stages),
     }
 
@@ -281,11 +338,12 @@ def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: i
         chunk = layout.chunks - 1 - step if backwards else step
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         copies = [(ref.at[b, tokens, h], s.at[slot]) for ref, s in zip(tiles.keys, slots["keys_s"], strict=True)]
+        squares = zip(tiles.squares, slots["squares_s"], strict=True)
+        copies += [(ref.at[b, h, tokens], s.at[slot]) for ref, s in squares]
         copies += [
             (tiles.value.at[b, tokens, h, _columns(layout, w)], slots["value_s"].at[slot, w])
             for w in range(layout.warpgroups)
         ]
-        copies += [(tiles.inverse.at[part, b, h, tokens], slots["inverse_s"].at[slot, part]) for part in range(2)]
         copies += [(tiles.rows.at[row, b, h, tokens], slots["rows_s"].at[slot, row]) for row in range(layout.rows)]
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, full.at[slot])
@@ -304,7 +362,7 @@ def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: i
         plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
 
 
-def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[int], None]) -> None:
+def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[Any], None]) -> None:
     """Splits the warpgroups of a block: the last copies, the others compute and get the registers that it leaves."""
     warpgroup = lax.axis_index("warpgroup")
 
@@ -313,13 +371,10 @@ def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[int],
         plgpu.set_max_registers(40, action="decrease")
         copy()
 
-    # A branch each: with a constant index, the addresses of tiles are constants too and leave registers alone.
-    for w in range(layout.warpgroups):
-
-        @pl.when(warpgroup == w)
-        def _(w=w):
-            plgpu.set_max_registers(232, action="increase")
-            compute(w)
+    @pl.when(warpgroup < layout.warpgroups)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        compute(warpgroup)
 
 
 def _sweep_options(layout: Layout) -> dict[str, Any]:
@@ -331,105 +386,126 @@ def _sweep_options(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _sweep(q, k, v, inverse, rows, state, layout: Layout):
-    """The chunks in order. With `q` the output like `v`; without, the state before each chunk [batch, heads, chunks,
-    dim, value_dim], and N split, [2, ...] like `v`; all bfloat16. Always the final state last.
-    """
-    outputs = q is not None
-    operands = (q, k) if outputs else (k,)
-    state_shape = jax.ShapeDtypeStruct(state.shape, _F32)
-    v_shape, split_shape = jax.ShapeDtypeStruct(v.shape, _BF16), jax.ShapeDtypeStruct((2, *v.shape), _BF16)
-    before_shape = jax.ShapeDtypeStruct((*state.shape[:2], layout.chunks, *state.shape[2:]), _BF16)
+def _output(q, k, v, writers, readers, rows, state, layout: Layout):
+    """The chunks in order: the output like `v`, and the final state."""
     wg = layout.warpgroups
-    tiles = 4 if outputs else 2  # of a warpgroup: N and, for the output, the scores, both split
-    stages = _stages(layout, len(operands), 2 * wg * COLUMNS * (layout.dim + tiles * CHUNK))
+    stages = _stages(layout, 3, 1, 2 * wg * COLUMNS * (layout.dim + 2 * CHUNK))
 
-    def body(*refs, state_s, n_s, scores_s=None, **slots):
-        *key_refs, value_ref, inverse_ref, rows_ref, initial_ref = refs[: len(operands) + 4]
-        *out_refs, final_ref = refs[len(operands) + 4 :]
+    def body(*refs, state_s, y_s, output_s, **slots):
+        q_ref, k_ref, writers_ref, value_ref, readers_ref, rows_ref, initial_ref, output_ref, final_ref = refs
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         full, empty = slots["full"], slots["empty"]
 
         def compute(w):
             columns = _columns(layout, w)
-            state_t, n_t = state_s.at[w], parts_of(n_s.at[w])
-            scores_t = parts_of(scores_s.at[w]) if outputs else None
+            state_t, y_t, output_t = state_s.at[w], y_s.at[w], output_s.at[w]
 
             def step(n, state):
                 slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
-                key_t, rows_t = slots["keys_s"][-1].at[slot], slots["rows_s"].at[slot]
-                query_t = slots["keys_s"][0].at[slot]
-                inverse_t = parts_of(slots["inverse_s"].at[slot])
+                query_t, key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
+                reader_t, rows_t = slots["squares_s"][0].at[slot], slots["rows_s"].at[slot]
                 plgpu.barrier_wait(full.at[slot])
 
-                def main(predicted, found, updated, scores=None, read=None, decayed=None):
+                def main(predicted, updated, read, inside):
                     issue(predicted, (key_t, state_t))
-                    if outputs:
-                        issue(scores, (query_t, transposed(key_t)))
-                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1 if outputs else 0)
-                    if layout.gated:
-                        prediction = scale_rows(prediction, _entry(rows_t, layout))
-                    error = scale_rows(load(slots["value_s"].at[slot, w]) - prediction, along_rows(rows_t.at[0]))
-                    if not outputs:  # of the three of the chunk before, all but the state's: N was in these tiles
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    store_split(n_t, error)
+                    issue(read, (query_t, state_t))
+                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1)
+                    y_t[...] = _right_side(slots["value_s"].at[slot, w], prediction, rows_t, layout).astype(_BF16)
                     plgpu.commit_smem()
-                    issue(found, *split_product(inverse_t, n_t))
-                    if outputs:
-                        issue(read, (query_t, state_t))
-                        score = plgpu.wgmma_accumulator_load(scores, wait_n=4)
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before was in these tiles
-                        store_split(scores_t, score * _pairs(rows_t, layout))
-                    pseudo = plgpu.wgmma_accumulator_load(found, wait_n=1 if outputs else 0)
-                    if outputs:
-                        plgpu.commit_smem()
-                    else:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the state before
-                    if layout.gated:
-                        after = Sum(updated, state * _whole(rows_t, layout), layout.interpret)
-                        store_split(n_t, scale_rows(pseudo, _exit(rows_t, layout)))
-                        plgpu.commit_smem()
-                        after.issue(*((transposed(key_t), x) for x in n_t))
-                        new_state = after.load(0)
-                        if outputs:
-                            before = plgpu.wgmma_accumulator_load(read, wait_n=0)
-                            output = Sum(decayed, scale_rows(before, _entry(rows_t, layout)), layout.interpret)
-                        plgpu.commit_smem()
-                    else:
-                        after = Sum(updated, state, layout.interpret)
-                    # Without decay the state takes the same N as all else.
-                    store_split(n_t, pseudo)
-                    plgpu.commit_smem()
-                    if not layout.gated:
-                        after.issue(*((transposed(key_t), x) for x in n_t))
-                    if outputs and layout.gated:
-                        output.issue(*split_product(scores_t, n_t))
-                    elif outputs:
-                        issue(read, *split_product(scores_t, n_t))
-                    else:
-                        for part in range(2):
-                            plgpu.copy_smem_to_gmem(n_t[part], out_refs[1].at[part, b, tokens, h, columns])
-                    if not layout.gated:
-                        new_state = after.load(3 if outputs else 0)
+                    after = Sum(updated, state * _whole(rows_t, layout) if layout.gated else state, layout.interpret)
+                    after.issue((transposed(writer_t), y_t))
+                    issue(inside, (reader_t, y_t))
+                    new_state = after.load(1)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before; and the warps meet
                     state_t[...] = new_state.astype(_BF16)
-                    if outputs:
-                        total = output.load(0) if layout.gated else plgpu.wgmma_accumulator_load(read, wait_n=0)
-                        plgpu.commit_smem()
-                        scores_t[0][...] = (layout.scale * total).astype(_BF16)  # over the scores, which are spent
+                    before = plgpu.wgmma_accumulator_load(read, wait_n=1)
+                    if layout.gated:
+                        before = scale_rows(before, _entry(rows_t, layout))
+                    output = layout.scale * before + plgpu.wgmma_accumulator_load(inside, wait_n=0)
+                    output_t[...] = output.astype(_BF16)
                     plgpu.commit_smem()
                     return new_state
 
-                shapes = [(CHUNK, COLUMNS), (CHUNK, COLUMNS), (layout.dim, COLUMNS)]
-                if outputs:
-                    shapes += [(CHUNK, CHUNK), *[(CHUNK, COLUMNS)] * (1 + layout.gated)]
-                state = scoped(main, *shapes)
-                if outputs:
-                    plgpu.copy_smem_to_gmem(scores_t[0], out_refs[0].at[b, tokens, h, columns])
-                else:
+                state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS), *((CHUNK, COLUMNS),) * 2)
+                plgpu.copy_smem_to_gmem(output_t, output_ref.at[b, tokens, h, columns])
+                plgpu.barrier_arrive(empty.at[slot])
+                return state
 
-                    @pl.when(n + 1 < layout.chunks)
-                    def _():
-                        plgpu.copy_smem_to_gmem(state_t, out_refs[0].at[b, h, n + 1, :, columns])
+            initial = plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+            state_t[...] = initial.astype(_BF16)
+            plgpu.commit_smem()
+            final_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, initial)
+            plgpu.wait_smem_to_gmem(0)
+
+        tiles = _Tiles((q_ref, k_ref, writers_ref), value_ref, (readers_ref,), rows_ref)
+        _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
+
+    return _kernel(
+        body,
+        "output",
+        layout,
+        out_type=(jax.ShapeDtypeStruct(v.shape, _BF16), jax.ShapeDtypeStruct(state.shape, _F32)),
+        scratch_types={
+            "state_s": tile(wg, layout.dim, COLUMNS),
+            "y_s": tile(wg, CHUNK, COLUMNS),
+            "output_s": tile(wg, CHUNK, COLUMNS),
+            **_slots(layout, stages, 3, 1),
+        },
+        **_sweep_options(layout),
+    )(q, k, writers, v, readers, rows, state)
+
+
+def _right_side(value_t: Any, prediction: jax.Array, rows: Any, layout: Layout) -> jax.Array:
+    """Y, [chunk, columns], from K S."""
+    if layout.gated:
+        prediction = scale_rows(prediction, _entry(rows, layout))
+    return scale_rows(load(value_t) - prediction, along_rows(rows.at[0]))
+
+
+def _states(k, v, writers, inverse, rows, state, layout: Layout):
+    """The chunks in order: the state before each [batch, heads, chunks, dim, value_dim], and N split, [2, ...] like
+    `v`, bfloat16.
+    """
+    wg = layout.warpgroups
+    stages = _stages(layout, 2, 2, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
+
+    def body(*refs, state_s, y_s, n_s, **slots):
+        k_ref, writers_ref, value_ref, inverse_ref, rows_ref, initial_ref, before_ref, pseudo_ref = refs
+        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+        full, empty = slots["full"], slots["empty"]
+
+        def compute(w):
+            columns = _columns(layout, w)
+            state_t, y_t, n_t = state_s.at[w], y_s.at[w], parts_of(n_s.at[w])
+
+            def step(n, state):
+                slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
+                key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
+                rows_t = slots["rows_s"].at[slot]
+                plgpu.barrier_wait(full.at[slot])
+
+                def main(predicted, updated, found):
+                    issue(predicted, (key_t, state_t))
+                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=0)
+                    y_t[...] = _right_side(slots["value_s"].at[slot, w], prediction, rows_t, layout).astype(_BF16)
+                    plgpu.commit_smem()
+                    after = Sum(updated, state * _whole(rows_t, layout) if layout.gated else state, layout.interpret)
+                    after.issue((transposed(writer_t), y_t))
+                    issue(found, *((s.at[slot], y_t) for s in slots["squares_s"]))
+                    new_state = after.load(2)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the state and N; and the warps meet
+                    state_t[...] = new_state.astype(_BF16)
+                    store_split(n_t, plgpu.wgmma_accumulator_load(found, wait_n=0))
+                    plgpu.commit_smem()
+                    return new_state
+
+                state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS), (CHUNK, COLUMNS))
+                for part in range(2):
+                    plgpu.copy_smem_to_gmem(n_t[part], pseudo_ref.at[part, b, tokens, h, columns])
+
+                @pl.when(n + 1 < layout.chunks)
+                def _():
+                    plgpu.copy_smem_to_gmem(state_t, before_ref.at[b, h, n + 1, :, columns])
 
                 plgpu.barrier_arrive(empty.at[slot])
                 return state
@@ -437,91 +513,93 @@ def _sweep(q, k, v, inverse, rows, state, layout: Layout):
             initial = plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
             state_t[...] = initial.astype(_BF16)
             plgpu.commit_smem()
-            if not outputs:
-                plgpu.copy_smem_to_gmem(state_t, out_refs[0].at[b, h, 0, :, columns])
-            final_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, initial)
+            plgpu.copy_smem_to_gmem(state_t, before_ref.at[b, h, 0, :, columns])
+            lax.fori_loop(0, layout.chunks, step, initial)
             plgpu.wait_smem_to_gmem(0)
 
-        tiles = _Tiles(key_refs, value_ref, inverse_ref, rows_ref)
+        tiles = _Tiles((k_ref, writers_ref), value_ref, parts_of(inverse_ref), rows_ref)
         _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
 
-    scratch = {"state_s": tile(wg, layout.dim, COLUMNS), "n_s": tile(wg, 2, CHUNK, COLUMNS)}
-    if outputs:
-        scratch["scores_s"] = tile(wg, 2, CHUNK, CHUNK)
+    before_shape = (*state.shape[:2], layout.chunks, *state.shape[2:])
     return _kernel(
         body,
-        "output" if outputs else "states",
+        "states",
         layout,
-        out_type=(v_shape, state_shape) if outputs else (before_shape, split_shape, state_shape),
-        scratch_types=scratch | _slots(layout, stages, len(operands)),
+        out_type=(jax.ShapeDtypeStruct(before_shape, _BF16), jax.ShapeDtypeStruct((2, *v.shape), _BF16)),
+        scratch_types={
+            "state_s": tile(wg, layout.dim, COLUMNS),
+            "y_s": tile(wg, CHUNK, COLUMNS),
+            "n_s": tile(wg, 2, CHUNK, COLUMNS),
+            **_slots(layout, stages, 2, 2),
+        },
         **_sweep_options(layout),
-    )(*operands, v, inverse, rows, state)
+    )(k, writers, v, inverse, rows, state)
 
 
-def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
+def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
     """The chunks in reverse order: the gradient of the state after each chunk, R like the values, and the gradient of
     the initial state.
     """
     wg = layout.warpgroups
     state_shape = jax.ShapeDtypeStruct(d_final.shape, _F32)
     after_shape = jax.ShapeDtypeStruct((*d_final.shape[:2], layout.chunks, *d_final.shape[2:]), _BF16)
-    stages = _stages(layout, 2, 2 * wg * COLUMNS * (layout.dim + 4 * CHUNK))
+    groups = layout.dim // CHUNK
+    stages = _stages(layout, 3, 1, 2 * wg * COLUMNS * (layout.dim + (1 + max(groups, 2)) * CHUNK))
 
-    def body(*refs, d_state_s, n_s, r_s, scaled_s, **slots):
-        q_ref, k_ref, d_output_ref, inverse_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
+    def body(*refs, d_state_s, r_s, low_s, **slots):
+        *key_refs, d_output_ref, readers_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         full, empty = slots["full"], slots["empty"]
 
         def compute(w):
             columns = _columns(layout, w)
-            d_state_t, n_t, r_t = d_state_s.at[w], parts_of(n_s.at[w]), r_s.at[w]
+            d_state_t, r_t = d_state_s.at[w], r_s.at[w]
+            # What the state's gradient loses by rounding; while the next is made, what leaves it, split.
+            low_t = [low_s.at[w, group] for group in range(groups)]
+            leaving_t = parts_of(low_s.at[w])
+
+            def store(d_state):
+                high = d_state.astype(_BF16)
+                d_state_t[...] = high
+                low = (d_state - high.astype(_F32)).astype(_BF16)
+                for group in range(groups):
+                    low_t[group][...] = lax.slice(low, (group * CHUNK, 0), ((group + 1) * CHUNK, COLUMNS))
+                plgpu.commit_smem()
 
             def step(i, d_state):
                 slot, n = lax.rem(i, jnp.int32(stages)), layout.chunks - 1 - i
-                query_t, key_t = (slots["keys_s"][x].at[slot] for x in (0, 1))
-                d_output_t, rows_t = slots["value_s"].at[slot, w], slots["rows_s"].at[slot]
-                inverse_t = tuple(transposed(part) for part in parts_of(slots["inverse_s"].at[slot]))
+                query_t, key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
+                reader_t, rows_t = slots["squares_s"][0].at[slot], slots["rows_s"].at[slot]
+                d_output_t = slots["value_s"].at[slot, w]
                 plgpu.barrier_wait(full.at[slot])
 
-                def main(scores, kept, d_pseudo, found, updated):
-                    issue(scores, (key_t, transposed(query_t)))
-                    issue(kept, (key_t, d_state_t))
-                    score = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                    score = score * (layout.scale * _pairs(rows_t, layout, swapped=True))
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the two of the chunk before, R's
-                    r_t[...] = score.astype(_BF16)
-                    plgpu.commit_smem()
-                    from_after = plgpu.wgmma_accumulator_load(kept, wait_n=0)
+                def main(found, updated):
+                    issue(found, (writer_t, d_state_t), (transposed(reader_t), d_output_t))
+                    for group in range(groups):
+                        issue(found, (writer_t.at[:, pl.ds(group * CHUNK, CHUNK)], low_t[group]))
                     scaled, after = load(d_output_t) * layout.scale, d_state
                     if layout.gated:
-                        from_after = scale_rows(from_after, _exit(rows_t, layout))
                         scaled = scale_rows(scaled, _entry(rows_t, layout))
                         after = d_state * _whole(rows_t, layout)
-                    total = Sum(d_pseudo, from_after, layout.interpret)
-                    total.issue((r_t, d_output_t))
-                    scaled_s.at[w][...] = scaled.astype(_BF16)
-                    store_split(n_t, total.load(0))
-                    plgpu.commit_smem()
-                    before = Sum(updated, after, layout.interpret)
-                    issue(found, *split_product(inverse_t, n_t))
-                    before.issue((transposed(query_t), scaled_s.at[w]))
-                    r = plgpu.wgmma_accumulator_load(found, wait_n=1)
-                    r_t[...] = r.astype(_BF16)  # over the scores, which are spent
+                    r = plgpu.wgmma_accumulator_load(found, wait_n=0)
+                    # Of the chunk before, the copies of R and of the state's gradient; and the warps meet.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    d_output_t[...] = scaled.astype(_BF16)
+                    r_t[...] = r.astype(_BF16)
                     leaving = scale_rows(-r, along_rows(rows_t.at[0]))
                     if layout.gated:
                         leaving = scale_rows(leaving, _entry(rows_t, layout))
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the state's gradient
-                    store_split(n_t, leaving)
+                    store_split(leaving_t, leaving)
                     plgpu.commit_smem()
-                    before.issue(*((transposed(key_t), x) for x in n_t))
+                    before = Sum(updated, after, layout.interpret)
+                    before.issue((transposed(query_t), d_output_t), *((transposed(key_t), x) for x in leaving_t))
                     plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
                     d_new = before.load(0)
-                    d_state_t[...] = d_new.astype(_BF16)
                     plgpu.commit_smem()
+                    store(d_new)
                     return d_new
 
-                shapes = ((CHUNK, CHUNK), *((CHUNK, COLUMNS),) * 3, (layout.dim, COLUMNS))
-                d_state = scoped(main, *shapes)
+                d_state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS))
 
                 @pl.when(n > 0)
                 def _():
@@ -531,13 +609,12 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
                 return d_state
 
             d_final = plgpu.load(d_final_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
-            d_state_t[...] = d_final.astype(_BF16)
-            plgpu.commit_smem()
+            store(d_final)
             plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, layout.chunks - 1, :, columns])
             d_initial_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, d_final)
             plgpu.wait_smem_to_gmem(0)
 
-        tiles = _Tiles((q_ref, k_ref), d_output_ref, inverse_ref, rows_ref)
+        tiles = _Tiles(key_refs, d_output_ref, (readers_ref,), rows_ref)
         _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=True), compute)
 
     return _kernel(
@@ -547,13 +624,12 @@ def _reverse(q, k, d_output, inverse, rows, d_final, layout: Layout):
         out_type=(after_shape, jax.ShapeDtypeStruct(d_output.shape, _BF16), state_shape),
         scratch_types={
             "d_state_s": tile(wg, layout.dim, COLUMNS),
-            "n_s": tile(wg, 2, CHUNK, COLUMNS),
             "r_s": tile(wg, CHUNK, COLUMNS),
-            "scaled_s": tile(wg, CHUNK, COLUMNS),
-            **_slots(layout, stages, 2),
+            "low_s": tile(wg, max(groups, 2), CHUNK, COLUMNS),
+            **_slots(layout, stages, 3, 1),
         },
         **_sweep_options(layout),
-    )(q, k, d_output, inverse, rows, d_final)
+    )(q, k, writers, d_output, readers, rows, d_final)
 
 
 # Kernel 4: the gradients of a chunk.
@@ -739,24 +815,24 @@ def pallas_delta_rule(
     `time` is a multiple of `CHUNK`, head sizes are among `SIZES`. `interpret`, a `plgpu.InterpretGPUParams`, runs the
     kernels without a GPU.
     """
-    return _forward(q, k, v, beta, g, starts, state, scale, interpret)[0]
+    return _forward(q, k, v, beta, g, starts, state, scale, interpret, keep=False)[0]
 
 
-def _forward(q, k, v, beta, g, starts, state, scale, interpret):
+def _forward(q, k, v, beta, g, starts, state, scale, interpret, *, keep=True):
     rows = _rows(beta, g, starts)
     layout = layout_of(q, v, rows, scale, interpret)
-    inverse = invert(k, rows, layout)
-    output, final = _sweep(q, k, v, inverse, rows, state.astype(_F32), layout)
-    return (output, final.astype(state.dtype)), (q, k, v, beta, g, starts, state, inverse)
+    chunk = prepare(q, k, rows, layout, keep=keep)
+    output, final = _output(q, k, v, *chunk[:2], rows, state.astype(_F32), layout)
+    return (output, final.astype(state.dtype)), (q, k, v, beta, g, starts, state, chunk)
 
 
 def _backward(scale, interpret, residuals, cotangents):
-    q, k, v, beta, g, starts, state, inverse = residuals
+    q, k, v, beta, g, starts, state, (writers, readers, inverse) = residuals
     rows = _rows(beta, g, starts)
     layout = layout_of(q, v, rows, scale, interpret)
     d_output = cotangents[0].astype(_BF16)
-    before, pseudo, _ = _sweep(None, k, v, inverse, rows, state.astype(_F32), layout)
-    after, r, d_state = _reverse(q, k, d_output, inverse, rows, cotangents[1].astype(_F32), layout)
+    before, pseudo = _states(k, v, writers, inverse, rows, state.astype(_F32), layout)
+    after, r, d_state = _reverse(q, k, d_output, writers, readers, rows, cotangents[1].astype(_F32), layout)
     d_q, d_k, d_v, parts = _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout)
     d_beta = jnp.swapaxes(parts[:, 0].sum(0), 1, 2).astype(beta.dtype)
     d_g = None if g is None else _d_log_decay(parts, rows, layout).astype(g.dtype)

@@ -43,7 +43,7 @@ def test_gpu_inverse_of_a_hard_triangle():
     k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.bfloat16)
     rows = jnp.asarray(rng.uniform(0, 2, (1, 1, 1, 64)), jnp.float32)
     layout = pallas_gpu.layout_of(k, k, rows, 1.0, plgpu.InterpretGPUParams(detect_races=True))
-    split = np.asarray(pallas_gpu.invert(k, rows, layout), np.float64)[:, 0, 0]
+    split = np.asarray(pallas_gpu.prepare(k, k, rows, layout, keep=True)[2], np.float64)[:, 0, 0]
     exact = np.asarray(k[0, :, 0], np.float64)
     wanted = np.linalg.inv(np.eye(64) + np.tril(np.asarray(rows[0, 0, 0], np.float64)[:, None] * (exact @ exact.T), -1))
     np.testing.assert_allclose(split.sum(0), wanted, atol=5e-5)
@@ -86,7 +86,7 @@ def test_tpu_kernels_lower(case):
 @GPU_KERNELS
 def test_gpu_kernels_lower():
     text = lowered(pallas_gpu, FULL, "cuda")
-    names = ("invert", "output", "states", "reverse", "gradients")
+    names = ("prepare", "output", "states", "reverse", "gradients")
     assert len(re.findall("stablehlo.custom_call @mosaic_gpu", text)) == len(names)
 
 
