@@ -42,6 +42,7 @@ from models.kernels.mosaic_gpu import (
     row_and_column,
     scale_rows,
     scoped,
+    split,
     split_product,
     store_split,
     tile,
@@ -559,9 +560,7 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
             leaving_t = parts_of(low_s.at[w])
 
             def store(d_state):
-                high = d_state.astype(_BF16)
-                d_state_t[...] = high
-                low = (d_state - high.astype(_F32)).astype(_BF16)
+                d_state_t[...], low = split(d_state)
                 for group in range(groups):
                     low_t[group][...] = lax.slice(low, (group * CHUNK, 0), ((group + 1) * CHUNK, COLUMNS))
                 plgpu.commit_smem()

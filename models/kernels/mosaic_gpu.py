@@ -137,8 +137,14 @@ def split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
     return (a[0], b[0]), (a[1], b[0]), (a[0], b[1])
 
 
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float32 `x` as the sum of two bfloat16 arrays: `x` rounded (ties away from zero), and what that lost, rounded."""
+    # Rounded as an integer: to convert there and back, the compiler takes one number at a time, and slowly.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    high = jax.lax.bitcast_convert_type((bits + jnp.int32(0x8000)) & jnp.int32(-0x10000), jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
 def store_split(refs: Sequence[Any], x: jax.Array) -> None:
     """Writes `x` as the sum of two bfloat16 tiles, `refs[0] + refs[1]`."""
-    high = x.astype(jnp.bfloat16)
-    refs[0][...] = high
-    refs[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    refs[0][...], refs[1][...] = split(x)
