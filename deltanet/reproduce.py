@@ -30,8 +30,8 @@ Values = dict[str, Any]
 
 
 def seconds(call: Callable[..., jax.Array], arguments: Sequence[jax.Array], budget: float) -> float:
-    """Median time of a call, of five batches of calls."""
-    run = partial(jax.jit(call), *arguments)
+    """Median time of a compiled call, of five batches of calls."""
+    run = partial(call, *arguments)
     return statistics.median(batch_seconds(run, calls_within(run, budget / 5), 5))
 
 
@@ -65,11 +65,12 @@ def _run(context: Context) -> Values:
         sizes[str(dim)] = found = {"chunkwise": [], "recurrent": [], "difference": []}
         for length in lengths:
             arguments = _inputs(tokens // length, length, width // dim, dim)
-            outputs = [jax.jit(x)(*arguments).astype(jnp.float32) for x in (partial(_output, chunkwise), recurrent)]
+            calls = [jax.jit(form) for form in (partial(_output, chunkwise), recurrent)]
+            outputs = [call(*arguments).astype(jnp.float32) for call in calls]
             difference = jnp.linalg.norm(outputs[0] - outputs[1]) / jnp.linalg.norm(outputs[1])
             found["difference"].append(float(difference))
-            found["chunkwise"].append(seconds(partial(_output, chunkwise), arguments, 0.1))
-            found["recurrent"].append(seconds(recurrent, arguments, 0.1))
+            for name, call in zip(("chunkwise", "recurrent"), calls, strict=True):
+                found[name].append(seconds(call, arguments, 0.1))
     return {"scale": context.scale, "lengths": list(lengths), "sizes": sizes}
 
 
