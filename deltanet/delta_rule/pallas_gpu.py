@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -43,7 +44,6 @@ from models.kernels.mosaic_gpu import (
     scale_rows,
     scoped,
     split,
-    split_product,
     store_split,
     tile,
     transposed,
@@ -159,39 +159,52 @@ def _kernel(body: Callable, name: str, layout: Layout, **options) -> Callable:
 # Kernel 1: what is known of a chunk without the state.
 
 
+def _levels() -> np.ndarray:
+    """For each size of blocks, 1 to 32, ones where joining the pairs of them adds entries, [6, chunk, chunk]."""
+    i, j = np.indices((CHUNK, CHUNK))
+    return np.stack([(i // size == j // size + 1) & (j // size % 2 == 0) for size in (1, 2, 4, 8, 16, 32)]).astype(_F16)
+
+
 def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep: bool):
     """J of every chunk like `k` and L, [batch, heads, time, chunk], bfloat16; and A as a sum of two, [2, like L],
     which only the backward needs, or None.
 
-    The blocks of the diagonal of A double, as in `pallas_tpu.masked_inverse`, with float16 operands; what that leaves,
-    one step of Newton's iteration with a residual of twice the digits removes.
+    The blocks of the diagonal of A double, as in `pallas_tpu.masked_inverse`, with float16 operands. What A is
+    multiplied with is float16 too, which keeps its digits: keys as they are, rows of P divided by their largest number.
 
     Every warpgroup works by itself, on one chunk after another: while one waits, others compute.
     """
-    groups = layout.dim // 64
-    tiles = groups + max(groups, 2) + 4
-    bytes_of_one = 2 * CHUNK * 64 * tiles + 4 * layout.rows * CHUNK
+    columns = min(layout.dim, 128)  # of a product with the keys: more would need more registers than there are
+    bytes_of_one = 2 * CHUNK * (2 * layout.dim + 2 * CHUNK) + 4 * layout.rows * CHUNK
+    levels = _levels()
     # The interpreter takes the whole of a union for one, and the warpgroups' parts of it for a race.
-    warpgroups = 1 if layout.interpret else min(_PREPARING, (_BLOCK_SHARED_MEMORY - 512) // bytes_of_one)
-    total = layout.batch * layout.heads * layout.chunks
+    warpgroups = (
+        1 if layout.interpret else min(_PREPARING, (_BLOCK_SHARED_MEMORY - 1024 - levels.nbytes) // bytes_of_one)
+    )
+    chains = layout.batch * layout.heads
+    total = chains * layout.chunks
     blocks = min(_MULTIPROCESSORS, -(-total // warpgroups))
 
-    def body(q_ref, k_ref, rows_ref, *refs, q_s, k_s, rows_s, m_s, x_and_a_s, loaded):
+    def body(q_ref, k_ref, rows_ref, levels_ref, *refs, q_s, k_s, x_s, y_s, rows_s, levels_s, loaded, ready, m_s=None):
         j_ref, l_ref, *inverse_ref = refs
-        x_s, a_s = x_and_a_s
         w = lax.axis_index("warpgroup")
         first = lax.axis_index("blocks") * warpgroups + w
-        q_t, k_t, rows_t, a_t, p_t = q_s.at[w], k_s.at[w], rows_s.at[w], parts_of(a_s.at[w]), parts_of(q_s.at[w])
-        (x_t, y_t), (high_t, low_t) = parts_of(x_s.at[w]), parts_of(m_s.at[w])
+        # The same memory twice: as bfloat16 numbers that come or go, and as float16 numbers of the products here.
+        (q_t, p_t, reads_t), (k_t, key16_t), (high_t, x_t), (low_t, y_t) = (
+            [x.at[w] for x in union] for union in (q_s, k_s, x_s, y_s)
+        )
+        rows_t = rows_s.at[w]
+        pl.when(w == 0)(lambda: plgpu.copy_gmem_to_smem(levels_ref, levels_s, ready))
+        plgpu.barrier_wait(ready)
 
         def step(item):
-            head, n = lax.div(item, jnp.int32(layout.chunks)), lax.rem(item, jnp.int32(layout.chunks))
+            # The last chunks come first: what the sweep reads first is then still in the cache.
+            turn, head = lax.div(item, jnp.int32(chains)), lax.rem(item, jnp.int32(chains))
             b, h = lax.div(head, jnp.int32(layout.heads)), lax.rem(head, jnp.int32(layout.heads))
+            n = layout.chunks - 1 - turn
             tokens = pl.ds(n * CHUNK, CHUNK)
-            for group in range(groups):
-                columns = pl.ds(group * 64, 64)
-                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, columns], k_t.at[group], loaded.at[w])
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, columns], q_t.at[group], loaded.at[w])
+            plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_t, loaded.at[w])
+            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_t, loaded.at[w])
             for row in range(layout.rows):
                 plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_t.at[row], loaded.at[w])
             plgpu.barrier_wait(loaded.at[w])
@@ -203,61 +216,74 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
                 i, j = row_and_column((CHUNK, CHUNK))
                 return i + lax.div(item, jnp.int32(total + salt)), j
 
-            i, j = indices(0)
-            pairs = _pairs(rows_t, layout) if layout.gated else jnp.where(i >= j, 1.0, 0.0)
-            score = product(*((q_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
+            def half(ref):
+                return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+
+            def similarities(of_keys, of_queries):
+                issue(of_keys, (k_t, transposed(k_t)))
+                issue(of_queries, (q_t, transposed(k_t)))
+                m = plgpu.wgmma_accumulator_load(of_keys, wait_n=1)
+                return m, plgpu.wgmma_accumulator_load(of_queries, wait_n=0)
+
+            m, score = scoped(similarities, (CHUNK, CHUNK), (CHUNK, CHUNK))
             plgpu.commit_smem()
-            store_split(p_t, score * (layout.scale * pairs))  # the queries are spent
-            m = product(*((k_t.at[group], transposed(k_t.at[group])) for group in range(groups)))
-            m = scale_rows(m, along_rows(rows_t.at[0]))
-            m = jnp.where(i > j, m * pairs if layout.gated else m, 0.0)
-            x = jnp.where(i == j, 1.0, jnp.where((i ^ j) == 1, -m, 0.0))
-            high = m.astype(_F16)
-            high_t[...] = high
-            low_t[...] = (m - high.astype(_F32)).astype(_F16)
-            size = 2
-            while size < CHUNK:
-                x_t[...] = x.astype(_F16)
+            i, j = indices(0)
+            pairs = _pairs(rows_t, layout) if layout.gated else None
+            p = layout.scale * (score * pairs if layout.gated else jnp.where(i >= j, score, 0.0))
+            largest = jnp.maximum(jnp.abs(p).max(axis=1), 1e-30)
+            p_t[...] = scale_rows(p, 1 / largest).astype(_F16)  # the queries are spent
+            m = scale_rows(m, -along_rows(rows_t.at[0]))
+            m = (m * pairs if layout.gated else m).astype(_F16)
+            i, j = indices(1)
+            leaves = _exit(rows_t, layout) if layout.gated else None
+            x = jnp.where(i == j, 1.0, (m * half(levels_s.at[0])).astype(_F32))
+            key_parts = [pl.ds(group * 64, 64) for group in range(layout.dim // 64)]
+            keys = [half(k_t.at[:, part]) for part in key_parts]
+            for part, key in zip(key_parts, keys, strict=True):
+                key = key.astype(_F32)
+                key16_t.at[:, part][...] = (scale_rows(key, leaves) if layout.gated else key).astype(_F16)
+            if layout.interpret:  # it takes no operand from registers
+                m_s.at[w][...] = m
+                m = m_s.at[w]
+            for level in range(1, len(levels)):
+                x16 = x.astype(_F16)
+                x_t[...] = x16
                 plgpu.commit_smem()
-                y_t[...] = product((high_t, x_t)).astype(_F16)
+                # X has no entries outside the blocks that are done, so the mask may come last.
+                y_t[...] = product((m, x_t)).astype(_F16) * half(levels_s.at[level])
                 plgpu.commit_smem()
-                # X has no entries outside the blocks of this size, so the mask may come last.
-                i, j = indices(size)
-                differs = i ^ j
-                joined = (differs >= size) & (differs < 2 * size)
-                x = x - jnp.where(joined, product((x_t, y_t)), 0.0)
-                plgpu.commit_smem()
-                size *= 2
+
+                def doubled(accumulator, x=x, x16=x16):
+                    total = Sum(accumulator, x, layout.interpret)
+                    total.issue((x_t if layout.interpret else x16, y_t))
+                    return total.load(0)
+
+                x = scoped(doubled, (CHUNK, CHUNK))
+                if layout.interpret:
+                    plgpu.commit_smem()
             x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
-            i, j = indices(1)
-            residual = jnp.where(i == j, 1.0, 0.0) - load(x_t) - product((high_t, x_t), (low_t, x_t))
-            plgpu.commit_smem()
-            y_t[...] = residual.astype(_F16)
-            plgpu.commit_smem()
-            inverse = load(x_t) + product((x_t, y_t))
-            plgpu.commit_smem()
-            store_split(a_t, inverse)
-            plgpu.commit_smem()
-            reads = product(*split_product(p_t, a_t))
+
+            def main(inside, *updates):
+                issue(inside, (p_t, x_t))
+                for group, update in enumerate(updates):
+                    issue(update, (transposed(x_t), key16_t.at[:, pl.ds(group * columns, columns)]))
+                reads = plgpu.wgmma_accumulator_load(inside, wait_n=len(updates))
+                writes = [plgpu.wgmma_accumulator_load(x, wait_n=0) for x in updates]
+                plgpu.commit_smem()
+                reads_t[...] = scale_rows(reads, largest).astype(_BF16)
+                for group, write in enumerate(writes):
+                    k_t.at[:, pl.ds(group * columns, columns)][...] = write.astype(_BF16)
+
+            scoped(main, (CHUNK, CHUNK), *((CHUNK, columns),) * (layout.dim // columns))
             if keep:
-                for part in range(2):
-                    plgpu.copy_smem_to_gmem(a_t[part], inverse_ref[0].at[part, b, h, tokens])
-            if layout.gated:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store_split(a_t, scale_rows(inverse, _exit(rows_t, layout)))
-            else:
-                plgpu.commit_smem()
-            p_t[0][...] = reads.astype(_BF16)
+                store_split((high_t, low_t), load(x_t))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(p_t[0], l_ref.at[b, h, tokens])
-            for group in range(groups):
-                writes = product(*((transposed(x), k_t.at[group]) for x in a_t))
-                plgpu.commit_smem()
-                k_t.at[group][...] = writes.astype(_BF16)
-            plgpu.commit_smem()
-            for group in range(groups):
-                plgpu.copy_smem_to_gmem(k_t.at[group], j_ref.at[b, tokens, h, pl.ds(group * 64, 64)])
+            plgpu.copy_smem_to_gmem(reads_t, l_ref.at[b, h, tokens])
+            plgpu.copy_smem_to_gmem(k_t, j_ref.at[b, tokens, h])
+            if keep:
+                plgpu.copy_smem_to_gmem(high_t, inverse_ref[0].at[0, b, h, tokens])
+                plgpu.copy_smem_to_gmem(low_t, inverse_ref[0].at[1, b, h, tokens])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.loop(0, -(-total // (blocks * warpgroups)))
@@ -270,6 +296,7 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
     l_shape = (layout.batch, layout.heads, layout.time, CHUNK)
     shapes = [jax.ShapeDtypeStruct(k.shape, _BF16), jax.ShapeDtypeStruct(l_shape, _BF16)]
     shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16)] * keep
+    square, keys = (warpgroups, CHUNK, CHUNK), (warpgroups, CHUNK, layout.dim)
     results = _kernel(
         body,
         "prepare",
@@ -280,17 +307,17 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={
-            "q_s": tile(warpgroups, max(groups, 2), CHUNK, 64),
-            "k_s": tile(warpgroups, groups, CHUNK, 64),
+            "q_s": plgpu.RefUnion(tile(*keys), tile(*square, dtype=_F16), tile(*square)),
+            "k_s": plgpu.RefUnion(tile(*keys), tile(*keys, dtype=_F16)),
+            "x_s": plgpu.RefUnion(tile(*square), tile(*square, dtype=_F16)),
+            "y_s": plgpu.RefUnion(tile(*square), tile(*square, dtype=_F16)),
             "rows_s": plgpu.SMEM((warpgroups, layout.rows, CHUNK), _F32),
-            "m_s": tile(warpgroups, 2, CHUNK, CHUNK, dtype=_F16),
-            # X and what it is multiplied with, float16; then A, split.
-            "x_and_a_s": plgpu.RefUnion(
-                tile(warpgroups, 2, CHUNK, CHUNK, dtype=_F16), tile(warpgroups, 2, CHUNK, CHUNK)
-            ),
-            "loaded": plgpu.Barrier(num_arrivals=2 * groups + layout.rows, num_barriers=warpgroups),
+            "levels_s": tile(*levels.shape, dtype=_F16),
+            "loaded": plgpu.Barrier(num_arrivals=2 + layout.rows, num_barriers=warpgroups),
+            "ready": plgpu.Barrier(),
+            **({"m_s": tile(*square, dtype=_F16)} if layout.interpret else {}),
         },
-    )(q, k, rows)
+    )(q, k, rows, levels)
     return (*results, None)[:3]
 
 
@@ -633,146 +660,309 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
 
 # Kernel 4: the gradients of a chunk.
 
-_SLICE = 64  # key columns of a block
-# Numbers per token that a block adds up over its key columns: the gradient of beta; of the cumulative log-decay, in a
-# part along rows and one along columns; what the tokens' decay to the end of the chunk contributes to its last entry;
+_PIECE = 64  # key columns of a warpgroup
+# Numbers per token that a warpgroup adds up over its key columns: the gradient of beta; of the cumulative log-decay, in
+# a part along rows and one along columns; what the tokens' decay to the end of the chunk contributes to its last entry;
 # and, per key column instead of per token, the product of the state and its gradient.
 _PARTS = 5
 
 
+class _Work(NamedTuple):
+    """How the gradients of all chunks are shared out.
+
+    A block treats one item after another: a chunk of a head and up to two pieces of its key columns, a warpgroup each;
+    or, with a single piece, two items at a time, a warpgroup each. What warpgroups share is called a stream.
+    """
+
+    pieces: int  # of a stream
+    streams: int
+    units: int  # items of a chunk
+    groups: int  # of value columns
+    items: int
+    blocks: int
+
+    @property
+    def warpgroups(self) -> int:
+        return self.pieces * self.streams
+
+    @property
+    def slots(self) -> int:
+        """Of a stream, for the copies of a group."""
+        return 2 // self.streams
+
+    @property
+    def turns(self) -> int:
+        """Items that a stream of a block may have."""
+        return -(-self.items // (self.blocks * self.streams))
+
+
+def _work(layout: Layout) -> _Work:
+    all_pieces = layout.dim // _PIECE
+    pieces = min(2, all_pieces)
+    units = all_pieces // pieces
+    items = layout.batch * layout.heads * layout.chunks * units
+    streams = 2 // pieces
+    blocks = min(_MULTIPROCESSORS, -(-items // streams))
+    return _Work(pieces, streams, units, layout.value_dim // COLUMNS, items, blocks)
+
+
 def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout):
-    """dQ, dK, dV like the arguments, and the parts of the numbers per token, [slices, 1 or 5, batch, heads, time]."""
-    slices, groups = layout.dim // _SLICE, layout.value_dim // COLUMNS
-    own_groups = max(1, groups // slices)  # groups of value columns whose dV a block writes
-    width = own_groups * COLUMNS
+    """dQ, dK, dV like the arguments, and the parts of the numbers per token, [pieces, 1 or 5, batch, heads, time]."""
+    work = _work(layout)
     parts = _PARTS if layout.gated else 1
+    width = work.pieces * _PIECE  # key columns of an item
 
-    def body(
-        q_ref, k_ref, v_ref, d_output_ref, pseudo_ref, r_ref, before_ref, after_ref, rows_ref,
-        d_q_ref, d_k_ref, d_v_ref, parts_ref,
-        *, q_s, k_s, d_output_s, n_s, r_s, before_s, after_s, rows_s, parts_s, wide, kept, narrow, values,
-    ):  # fmt: skip
-        b, h, n, piece = (lax.axis_index(name) for name in ("batch", "heads", "chunks", "slices"))
-        tokens, key_columns = pl.ds(n * CHUNK, CHUNK), pl.ds(piece * _SLICE, _SLICE)
-        own = piece * width < layout.value_dim
-        # A block without value columns of its own loads the first; nothing that it makes of them is used.
-        first = jnp.where(own, piece * width, 0)
-        n_t = parts_of(n_s)
-        for group in range(groups):
-            columns = pl.ds(group * COLUMNS, COLUMNS)
-            plgpu.copy_gmem_to_smem(d_output_ref.at[b, tokens, h, columns], d_output_s.at[group], wide)
-            plgpu.copy_gmem_to_smem(r_ref.at[b, tokens, h, columns], r_s.at[group], wide)
-            for part in range(2):
-                plgpu.copy_gmem_to_smem(pseudo_ref.at[part, b, tokens, h, columns], n_t[part].at[group], wide)
-            for ref, s in ((before_ref, before_s), (after_ref, after_s)):
-                plgpu.copy_gmem_to_smem(ref.at[b, h, n, key_columns, columns], s.at[group], kept)
-        plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, key_columns], q_s, narrow)
-        plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, key_columns], k_s, narrow)
-        for row in range(layout.rows):
-            plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_s.at[row], narrow)
+    def body(*refs, **memory):
+        inputs, outputs = refs[:9], refs[9:]
 
-        def over_values(a, *b):
-            """`a b^T`, summed over the groups of value columns, and over split `b`."""
-            return product(*((a.at[group], transposed(x.at[group])) for x in b for group in range(groups)))
+        def place(stream, turn):
+            """Which item it is: batch, head, chunk and unit; and whether there is such an item."""
+            item = (turn * work.blocks + lax.axis_index("blocks")) * work.streams + stream
+            unit, rest = lax.rem(item, jnp.int32(work.units)), lax.div(item, jnp.int32(work.units))
+            h, rest = lax.rem(rest, jnp.int32(layout.heads)), lax.div(rest, jnp.int32(layout.heads))
+            b, n = lax.rem(rest, jnp.int32(layout.batch)), lax.div(rest, jnp.int32(layout.batch))
+            return (b, h, n, unit), item < work.items
 
-        plgpu.barrier_wait(wide)
-        d_scores = over_values(d_output_s, *n_t)
-        d_m = -over_values(r_s, *n_t)
-        plgpu.barrier_wait(kept)
-        from_state = over_values(d_output_s, before_s)
-        prediction = over_values(r_s, before_s)
-        to_state = over_values(n_t[0], after_s)
-        plgpu.commit_smem()
-        # From here on these tiles but R's are spent. The values come to where dO was, group by group of columns.
-        value_t = d_output_s.at[0]
-        plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, pl.ds(first, COLUMNS)], value_t, values)
-        plgpu.barrier_wait(narrow)
-        beta = along_rows(rows_s.at[0])
-        i, j = row_and_column((CHUNK, CHUNK))
-        d_m = jnp.where(i > j, d_m, 0.0)
-        pairs = _pairs(rows_s, layout)
-        if layout.gated:
-            # The scores and M of these key columns alone: what is made of them is summed over the blocks.
-            scores = product((q_s, transposed(k_s))) * (layout.scale * pairs)
-            m = scale_rows(product((k_s, transposed(k_s))) * pairs, beta)
-            both = d_scores * scores + d_m * m
-            entry, leave = _entry(rows_s, layout), _exit(rows_s, layout)
-            leaving = leave * (to_state * load(k_s)).sum(axis=1)
-            through = (from_state * load(q_s)).sum(axis=1) * layout.scale
-            through -= beta * (prediction * load(k_s)).sum(axis=1)
-            parts_s.at[1][...] = both.sum(axis=1) - leaving + entry * through
-            parts_s.at[2][...] = -both.sum(axis=0)
-            parts_s.at[3][...] = leaving
-            states = (load(before_s.at[group]) * load(after_s.at[group]) for group in range(groups))
-            parts_s.at[4][...] = sum(states).sum(axis=1)
-            from_state, prediction = scale_rows(from_state, entry), scale_rows(prediction, entry)
-            to_state = scale_rows(to_state, leave)
-        d_t, y_t = (before_s.at[0], n_t[0].at[0]), (after_s.at[0], n_t[1].at[0])
-        store_split(d_t, layout.scale * d_scores * pairs)
-        y = d_m * pairs
-        store_split(y_t, y)
-        plgpu.commit_smem()
-        d_q = layout.scale * from_state + product(*((x, k_s) for x in d_t))
-        # A product of its own for X: beta may be zero, and the gradient of beta needs X itself.
-        through_k = product(*((x, k_s) for x in y_t)) - prediction
-        d_k = to_state + scale_rows(through_k, beta) + product((transposed(d_t[0]), q_s))
-        plgpu.commit_smem()
-        y_t[0][...] = scale_rows(y, beta).astype(_BF16)
-        plgpu.commit_smem()
-        d_k += product((transposed(y_t[0]), k_s))
-        d_beta = (through_k * load(k_s)).sum(axis=1)
-        plgpu.commit_smem()
-        q_s[...], k_s[...] = d_q.astype(_BF16), d_k.astype(_BF16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, d_q_ref.at[b, tokens, h, key_columns])
-        plgpu.copy_smem_to_gmem(k_s, d_k_ref.at[b, tokens, h, key_columns])
-        counts = jnp.where(own, 1.0, 0.0)
-        for group in range(own_groups):
-            columns = pl.ds(first + group * COLUMNS, COLUMNS)
-            if group:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, columns], value_t, values)
-            plgpu.barrier_wait(values)
-            own_r = load(r_s.at[lax.div(first, COLUMNS) + group])
-            d_beta += counts * (own_r * load(value_t)).sum(axis=1)
-            value_t[...] = scale_rows(own_r, beta).astype(_BF16)
-            plgpu.commit_smem()
+        warpgroup = lax.axis_index("warpgroup")
 
-            @pl.when(own)
-            def _(columns=columns):
-                plgpu.copy_smem_to_gmem(value_t, d_v_ref.at[b, tokens, h, columns])
+        @pl.when(warpgroup == work.warpgroups)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            _copy_items(inputs, memory, place, layout, work)
 
-        parts_s.at[0][...] = d_beta
-        plgpu.commit_smem()
-        for part in range(parts):
-            plgpu.copy_smem_to_gmem(parts_s.at[part], parts_ref.at[piece, part, b, h, tokens])
-        plgpu.wait_smem_to_gmem(0)
+        for w in range(work.warpgroups):
+
+            @pl.when(warpgroup == w)
+            def _(w=w):
+                plgpu.set_max_registers(232, action="increase")
+                stream, piece = divmod(w, work.pieces)
+
+                @pl.loop(0, work.turns)
+                def _(turn):
+                    at, there = place(stream, turn)
+                    pl.when(there)(lambda: _treat_item(at, turn, w, piece, stream, outputs, memory, layout, work))
+
+                if work.pieces > 1:
+                    pl.when(place(stream, jnp.int32(0))[1])(lambda: plgpu.barrier_wait(memory["spent"].at[stream]))
+                plgpu.wait_smem_to_gmem(0)
 
     shapes = [jax.ShapeDtypeStruct(x.shape, _BF16) for x in (q, k, v)]
-    parts_shape = jax.ShapeDtypeStruct((slices, parts, layout.batch, layout.heads, layout.time), _F32)
+    parts_shape = (layout.dim // _PIECE, parts, layout.batch, layout.heads, layout.time)
+    slots, streams, warpgroups = (work.streams, work.slots), work.streams, work.warpgroups
     return _kernel(
         body,
         "gradients",
         layout,
-        out_type=(*shapes, parts_shape),
-        grid=(layout.batch, layout.heads, layout.chunks, slices),
-        grid_names=("batch", "heads", "chunks", "slices"),
+        out_type=(*shapes, jax.ShapeDtypeStruct(parts_shape, _F32)),
+        grid=(work.blocks,),
+        grid_names=("blocks",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
         scratch_types={
-            "q_s": tile(CHUNK, _SLICE),
-            "k_s": tile(CHUNK, _SLICE),
-            "d_output_s": tile(groups, CHUNK, COLUMNS),
-            "n_s": tile(2, groups, CHUNK, COLUMNS),
-            "r_s": tile(groups, CHUNK, COLUMNS),
-            "before_s": tile(groups, _SLICE, COLUMNS),
-            "after_s": tile(groups, _SLICE, COLUMNS),
-            "rows_s": plgpu.SMEM((layout.rows, CHUNK), _F32),
-            "parts_s": plgpu.SMEM((parts, CHUNK), _F32),
-            "wide": plgpu.Barrier(num_arrivals=4 * groups),
-            "kept": plgpu.Barrier(num_arrivals=2 * groups),
-            "narrow": plgpu.Barrier(num_arrivals=2 + layout.rows),
-            "values": plgpu.Barrier(),
+            # Of a group of value columns; filled again as soon as all warpgroups of the stream are done with it.
+            "d_output_s": tile(*slots, CHUNK, COLUMNS),
+            "n_s": tile(*slots, 2, CHUNK, COLUMNS),
+            "r_s": tile(*slots, CHUNK, COLUMNS),
+            "v_s": tile(*slots, CHUNK, COLUMNS),
+            "before_s": tile(*slots, width, COLUMNS),
+            "after_s": tile(*slots, width, COLUMNS),
+            "beta_s": plgpu.SMEM((*slots, CHUNK), _F32),
+            "full": plgpu.Barrier(num_arrivals=8, num_barriers=work.streams * work.slots),
+            "empty": plgpu.Barrier(num_arrivals=work.pieces, num_barriers=work.streams * work.slots),
+            # Of a warpgroup.
+            "q_s": tile(warpgroups, CHUNK, _PIECE),
+            "k_s": tile(warpgroups, CHUNK, _PIECE),
+            "rows_s": plgpu.SMEM((warpgroups, layout.rows, CHUNK), _F32),
+            "parts_s": plgpu.SMEM((warpgroups, parts, CHUNK), _F32),
+            "loaded": plgpu.Barrier(num_arrivals=2 + layout.rows, num_barriers=warpgroups),
+            "left": plgpu.Barrier(num_barriers=warpgroups),
+            # Shared by a stream, whose warpgroups make one each: D and Y, split, and beta Y where there is room.
+            "d_s": tile(streams, 2, CHUNK, CHUNK),
+            "y_s": tile(streams, 2, CHUNK, CHUNK),
+            **({"beta_y_s": tile(streams, CHUNK, CHUNK)} if work.pieces > 1 else {}),
+            "made": plgpu.Barrier(num_arrivals=work.pieces, num_barriers=streams),
+            "spent": plgpu.Barrier(num_arrivals=work.pieces, num_barriers=streams),
         },
     )(q, k, v, d_output, pseudo, r, before, after, rows)
+
+
+def _copy_items(inputs, memory, place, layout: Layout, work: _Work) -> None:
+    """The copying warpgroup of `_gradients`."""
+    q_ref, k_ref, v_ref, d_output_ref, pseudo_ref, r_ref, before_ref, after_ref, rows_ref = inputs
+    width = work.pieces * _PIECE
+
+    def copy(stream, turn, at):
+        b, h, n, unit = at
+        tokens = pl.ds(n * CHUNK, CHUNK)
+        for group in range(work.groups):
+            columns, step = pl.ds(group * COLUMNS, COLUMNS), turn * work.groups + group
+            slot = lax.rem(step, jnp.int32(work.slots))
+            barrier = memory["full"].at[stream * work.slots + slot]
+            pl.when(step >= work.slots)(
+                lambda slot=slot: plgpu.barrier_wait(memory["empty"].at[stream * work.slots + slot])
+            )
+            for ref, name in ((d_output_ref, "d_output_s"), (r_ref, "r_s"), (v_ref, "v_s")):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns], memory[name].at[stream, slot], barrier)
+            for part in range(2):
+                source = pseudo_ref.at[part, b, tokens, h, columns]
+                plgpu.copy_gmem_to_smem(source, memory["n_s"].at[stream, slot, part], barrier)
+            for ref, name in ((before_ref, "before_s"), (after_ref, "after_s")):
+                source = ref.at[b, h, n, pl.ds(unit * width, width), columns]
+                plgpu.copy_gmem_to_smem(source, memory[name].at[stream, slot], barrier)
+            plgpu.copy_gmem_to_smem(rows_ref.at[0, b, h, tokens], memory["beta_s"].at[stream, slot], barrier)
+        for piece in range(work.pieces):
+            w, columns = stream * work.pieces + piece, pl.ds(unit * width + piece * _PIECE, _PIECE)
+            pl.when(turn > 0)(lambda w=w: plgpu.barrier_wait(memory["left"].at[w]))
+            barrier = memory["loaded"].at[w]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, columns], memory["q_s"].at[w], barrier)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h, columns], memory["k_s"].at[w], barrier)
+            for row in range(layout.rows):
+                plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], memory["rows_s"].at[w, row], barrier)
+
+    @pl.loop(0, work.turns)
+    def _(turn):
+        for stream in range(work.streams):
+            at, there = place(stream, turn)
+            pl.when(there)(partial(copy, stream, turn, at))
+
+    # What has been released and not been waited for: the last slots, and the last queries and keys.
+    for stream in range(work.streams):
+        turns = work.turns - 1 + jnp.where(place(stream, jnp.int32(work.turns - 1))[1], 1, 0)
+        steps = turns * work.groups
+
+        @pl.when(turns > 0)
+        def _(stream=stream, steps=steps):
+            for back in range(work.slots):
+                step = steps - 1 - back
+
+                @pl.when(step >= 0)
+                def _(step=step):
+                    slot = lax.rem(step, jnp.int32(work.slots))
+                    plgpu.barrier_wait(memory["empty"].at[stream * work.slots + slot])
+
+            for piece in range(work.pieces):
+                plgpu.barrier_wait(memory["left"].at[stream * work.pieces + piece])
+
+
+def _treat_item(at, turn, w, piece, stream, outputs, memory, layout: Layout, work: _Work) -> None:
+    """A warpgroup's part of an item: `piece` of its key columns, and some of its value columns."""
+    d_q_ref, d_k_ref, d_v_ref, parts_ref = outputs
+    b, h, n, unit = at
+    tokens = pl.ds(n * CHUNK, CHUNK)
+    own_keys = pl.ds(piece * _PIECE, _PIECE)
+    q_t, k_t, rows_t, parts_t = (memory[name].at[w] for name in ("q_s", "k_s", "rows_s", "parts_s"))
+    d_t, y_t = parts_of(memory["d_s"].at[stream]), parts_of(memory["y_s"].at[stream])
+    beta_y_t = memory["beta_y_s"].at[stream] if work.pieces > 1 else d_t[1]
+    # D of the first warpgroup and Y of the last one.
+    makes_d, makes_y = piece == 0, piece == work.pieces - 1
+    square = (CHUNK, CHUNK)
+
+    def over_values(from_state, prediction, to_state, *squares):
+        """What sums over value columns: F, H, E; and dP, -dM or both."""
+        d_beta = kept = plgpu.layout_cast(jnp.zeros(CHUNK, _F32), plgpu.Layout.WGMMA.reduce(1))
+        for group in range(work.groups):
+            slot = lax.rem(turn * work.groups + group, jnp.int32(work.slots))
+            tiles = (memory[name].at[stream, slot] for name in ("d_output_s", "r_s", "v_s", "before_s", "after_s"))
+            d_output_t, r_t, value_t, before_t, after_t = tiles
+            before_t, after_t = before_t.at[own_keys], after_t.at[own_keys]
+            n_t = parts_of(memory["n_s"].at[stream, slot])
+            plgpu.barrier_wait(memory["full"].at[stream * work.slots + slot])
+            for accumulator, rows_of_it in zip(squares, [d_output_t] * makes_d + [r_t] * makes_y, strict=True):
+                issue(accumulator, *((rows_of_it, transposed(x)) for x in n_t))
+            issue(from_state, (d_output_t, transposed(before_t)))
+            issue(prediction, (r_t, transposed(before_t)))
+            issue(to_state, (n_t[0], transposed(after_t)))
+            if layout.gated:
+                kept += (load(before_t) * load(after_t)).sum(axis=1)
+            # The gradient of this group's values is made by one warpgroup of one unit.
+            mine = unit == group % work.units
+            if group // work.units % work.pieces == piece:
+                own_r = load(r_t)
+                d_beta += jnp.where(mine, 1.0, 0.0) * (own_r * load(value_t)).sum(axis=1)
+
+                @pl.when(mine)
+                def _(value_t=value_t, own_r=own_r, slot=slot, group=group):
+                    beta = along_rows(memory["beta_s"].at[stream, slot])
+                    value_t[...] = scale_rows(own_r, beta).astype(_BF16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(value_t, d_v_ref.at[b, tokens, h, pl.ds(group * COLUMNS, COLUMNS)])
+
+            plgpu.wgmma_wait(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(memory["empty"].at[stream * work.slots + slot])
+        sums = [plgpu.wgmma_accumulator_load(x, wait_n=0) for x in (from_state, prediction, to_state, *squares)]
+        return d_beta, kept, *sums
+
+    results = scoped(over_values, *((CHUNK, _PIECE),) * 3, *(square,) * (makes_d + makes_y))
+    d_beta, kept, from_state, prediction, to_state, *squares = results
+    if work.pieces > 1:
+        pl.when(turn > 0)(lambda: plgpu.barrier_wait(memory["spent"].at[stream]))
+    plgpu.barrier_wait(memory["loaded"].at[w])
+    beta = along_rows(rows_t.at[0])
+    i, j = row_and_column(square)
+    pairs = _pairs(rows_t, layout) if layout.gated else None
+    if makes_d:
+        d_scores = layout.scale * squares[0]
+        store_split(d_t, d_scores * pairs if layout.gated else jnp.where(i >= j, d_scores, 0.0))
+    if makes_y:
+        y = jnp.where(i > j, -squares[-1], 0.0)
+        y = y * pairs if layout.gated else y
+        store_split(y_t, y)
+        if work.pieces > 1:
+            beta_y_t[...] = scale_rows(y, beta).astype(_BF16)
+    plgpu.commit_smem()
+    if work.pieces > 1:
+        plgpu.barrier_arrive(memory["made"].at[stream])
+        plgpu.barrier_wait(memory["made"].at[stream])
+    if layout.gated:
+        # The scores and M of these key columns alone: what is made of them is summed over the pieces.
+        both = product((q_t, transposed(k_t))) * (load(d_t[0]) + load(d_t[1]))
+        both += product((k_t, transposed(k_t))) * scale_rows(load(y_t[0]) + load(y_t[1]), beta)
+        entry, leave = _entry(rows_t, layout), _exit(rows_t, layout)
+        leaving = leave * (to_state * load(k_t)).sum(axis=1)
+        through = (from_state * load(q_t)).sum(axis=1) * layout.scale
+        through -= beta * (prediction * load(k_t)).sum(axis=1)
+        parts_t.at[1][...] = both.sum(axis=1) - leaving + entry * through
+        parts_t.at[2][...] = -both.sum(axis=0)
+        parts_t.at[3][...] = leaving
+        parts_t.at[4][...] = kept
+        from_state, prediction = scale_rows(from_state, entry), scale_rows(prediction, entry)
+        to_state = scale_rows(to_state, leave)
+
+    def over_tokens(d_queries, through_keys, d_keys):
+        d_queries = Sum(d_queries, layout.scale * from_state, layout.interpret)
+        # A sum of its own for X: beta may be zero, and the gradient of beta needs X itself.
+        through_keys = Sum(through_keys, -prediction, layout.interpret)
+        d_keys = Sum(d_keys, to_state, layout.interpret)
+        through_keys.issue(*((x, k_t) for x in y_t))
+        d_queries.issue(*((x, k_t) for x in d_t))
+        d_keys.issue((transposed(d_t[0]), q_t))
+        if work.pieces > 1:
+            d_keys.issue((transposed(beta_y_t), k_t))
+        through = through_keys.load(3 + (work.pieces > 1))
+        summed = (through * load(k_t)).sum(axis=1)
+        d_q = d_queries.load(1 + (work.pieces > 1))
+        if work.pieces == 1:  # there is no room for beta Y before
+            plgpu.commit_smem()
+            beta_y_t[...] = scale_rows(y, beta).astype(_BF16)
+            plgpu.commit_smem()
+            d_keys.issue((transposed(beta_y_t), k_t))
+        return d_q, d_keys.load(0) + scale_rows(through, beta), summed
+
+    d_q, d_k, through = scoped(over_tokens, *((CHUNK, _PIECE),) * 3)
+    plgpu.commit_smem()
+    if work.pieces > 1:
+        plgpu.barrier_arrive(memory["spent"].at[stream])
+    q_t[...], k_t[...] = d_q.astype(_BF16), d_k.astype(_BF16)
+    parts_t.at[0][...] = d_beta + through
+    plgpu.commit_smem()
+    columns = pl.ds((unit * work.pieces + piece) * _PIECE, _PIECE)
+    plgpu.copy_smem_to_gmem(q_t, d_q_ref.at[b, tokens, h, columns])
+    plgpu.copy_smem_to_gmem(k_t, d_k_ref.at[b, tokens, h, columns])
+    for part in range(parts_t.shape[0]):
+        plgpu.copy_smem_to_gmem(parts_t.at[part], parts_ref.at[unit * work.pieces + piece, part, b, h, tokens])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(memory["left"].at[w])
 
 
 # The differentiable function.
