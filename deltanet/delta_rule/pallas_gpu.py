@@ -50,7 +50,7 @@ from models.kernels.mosaic_gpu import (
 )
 
 CHUNK = 64  # also the smallest number of rows of the matrix unit
-COLUMNS = 64  # value columns of a warpgroup
+COLUMNS = 64  # value columns of a warpgroup, where there are heads enough
 SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
 _MULTIPROCESSORS = 132
@@ -100,15 +100,20 @@ class Layout(NamedTuple):
         return self.rows > 2
 
     @property
+    def columns(self) -> int:
+        """Value columns of a warpgroup of a sweep: with few heads fewer, so that more multiprocessors work."""
+        return 32 if 2 * self.batch * self.heads * self.value_dim // COLUMNS <= _MULTIPROCESSORS else COLUMNS
+
+    @property
     def warpgroups(self) -> int:
-        """Warpgroups that compute, in a block of a sweep: with few heads, one, so that more multiprocessors work."""
+        """Warpgroups that compute, in a block of a sweep; with few heads, one."""
         groups = self.value_dim // COLUMNS
         return 2 if groups > 1 and self.batch * self.heads * groups > _MULTIPROCESSORS else 1
 
     @property
     def slices(self) -> int:
         """Blocks that share the value columns of a head."""
-        return self.value_dim // (COLUMNS * self.warpgroups)
+        return self.value_dim // (self.columns * self.warpgroups)
 
 
 # Decay. `rows` is a reference to the numbers per token of a chunk, [1 to 3, chunk] in shared memory.
@@ -333,9 +338,16 @@ class _Tiles(NamedTuple):
     rows: Any
 
 
+def _tile(layout: Layout, *shape: int) -> Any:
+    """A tile of a sweep, with lines that its value columns fill."""
+    return tile(*shape, line=2 * layout.columns)
+
+
 def _stages(layout: Layout, keys: int, squares: int, fixed: int) -> int:
     """Slots of the copies."""
-    slot = 2 * CHUNK * (keys * layout.dim + layout.warpgroups * COLUMNS + squares * CHUNK) + 4 * layout.rows * CHUNK
+    slot = (
+        2 * CHUNK * (keys * layout.dim + layout.warpgroups * layout.columns + squares * CHUNK) + 4 * layout.rows * CHUNK
+    )
     return min(_STAGES, layout.chunks, (_BLOCK_SHARED_MEMORY - 1024 - fixed) // slot)
 
 
@@ -343,9 +355,9 @@ def _slots(layout: Layout, stages: int, keys: int, squares: int) -> dict[str, An
     """Shared memory of the copies of a sweep, and the barriers between who copies and who computes."""
     copies = keys + layout.warpgroups + squares + layout.rows
     return {
-        "keys_s": [tile(stages, CHUNK, layout.dim) for _ in range(keys)],
-        "value_s": tile(stages, layout.warpgroups, CHUNK, COLUMNS),
-        "squares_s": [tile(stages, CHUNK, CHUNK) for _ in range(squares)],
+        "keys_s": [_tile(layout, stages, CHUNK, layout.dim) for _ in range(keys)],
+        "value_s": _tile(layout, stages, layout.warpgroups, CHUNK, layout.columns),
+        "squares_s": [_tile(layout, stages, CHUNK, CHUNK) for _ in range(squares)],
         "rows_s": plgpu.SMEM((stages, layout.rows, CHUNK), _F32),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=layout.warpgroups, num_barriers=stages),
@@ -354,7 +366,7 @@ def _slots(layout: Layout, stages: int, keys: int, squares: int) -> dict[str, An
 
 def _columns(layout: Layout, warpgroup: int) -> Any:
     """The value columns of a warpgroup."""
-    return pl.ds((lax.axis_index("slices") * layout.warpgroups + warpgroup) * COLUMNS, COLUMNS)
+    return pl.ds((lax.axis_index("slices") * layout.warpgroups + warpgroup) * layout.columns, layout.columns)
 
 
 def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: int, *, backwards: bool) -> None:
@@ -417,7 +429,7 @@ def _sweep_options(layout: Layout) -> dict[str, Any]:
 def _output(q, k, v, writers, readers, rows, state, layout: Layout):
     """The chunks in order: the output like `v`, and the final state."""
     wg = layout.warpgroups
-    stages = _stages(layout, 3, 1, 2 * wg * COLUMNS * (layout.dim + 2 * CHUNK))
+    stages = _stages(layout, 3, 1, 2 * wg * layout.columns * (layout.dim + 2 * CHUNK))
 
     def body(*refs, state_s, y_s, output_s, **slots):
         q_ref, k_ref, writers_ref, value_ref, readers_ref, rows_ref, initial_ref, output_ref, final_ref = refs
@@ -428,8 +440,19 @@ def _output(q, k, v, writers, readers, rows, state, layout: Layout):
             columns = _columns(layout, w)
             state_t, y_t, output_t = state_s.at[w], y_s.at[w], output_s.at[w]
 
-            def step(n, state):
-                slot, tokens = lax.rem(n, jnp.int32(stages)), pl.ds(n * CHUNK, CHUNK)
+            def leave(n, output):
+                """Stores the output of a chunk; the one before has left."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                output_t[...] = output
+                plgpu.commit_smem()
+
+                @pl.when(n >= 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(output_t, output_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+
+            def step(n, carry):
+                state, output_before = carry
+                slot = lax.rem(n, jnp.int32(stages))
                 query_t, key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
                 reader_t, rows_t = slots["squares_s"][0].at[slot], slots["rows_s"].at[slot]
                 plgpu.barrier_wait(full.at[slot])
@@ -437,6 +460,7 @@ def _output(q, k, v, writers, readers, rows, state, layout: Layout):
                 def main(predicted, updated, read, inside):
                     issue(predicted, (key_t, state_t))
                     issue(read, (query_t, state_t))
+                    leave(n - 1, output_before)  # while these products run
                     prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1)
                     y_t[...] = _right_side(slots["value_s"].at[slot, w], prediction, rows_t, layout).astype(_BF16)
                     plgpu.commit_smem()
@@ -444,25 +468,27 @@ def _output(q, k, v, writers, readers, rows, state, layout: Layout):
                     after.issue((transposed(writer_t), y_t))
                     issue(inside, (reader_t, y_t))
                     new_state = after.load(1)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before; and the warps meet
+                    plgpu.commit_smem()
                     state_t[...] = new_state.astype(_BF16)
+                    plgpu.commit_smem()
                     before = plgpu.wgmma_accumulator_load(read, wait_n=1)
                     if layout.gated:
                         before = scale_rows(before, _entry(rows_t, layout))
                     output = layout.scale * before + plgpu.wgmma_accumulator_load(inside, wait_n=0)
-                    output_t[...] = output.astype(_BF16)
-                    plgpu.commit_smem()
-                    return new_state
+                    return new_state, output.astype(_BF16)
 
-                state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS), *((CHUNK, COLUMNS),) * 2)
-                plgpu.copy_smem_to_gmem(output_t, output_ref.at[b, tokens, h, columns])
+                of_tokens = (CHUNK, layout.columns)
+                carry = scoped(main, of_tokens, (layout.dim, layout.columns), of_tokens, of_tokens)
                 plgpu.barrier_arrive(empty.at[slot])
-                return state
+                return carry
 
             initial = plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
             state_t[...] = initial.astype(_BF16)
             plgpu.commit_smem()
-            final_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, initial)
+            nothing = plgpu.layout_cast(jnp.zeros((CHUNK, layout.columns), _BF16), plgpu.Layout.WGMMA)
+            final, output = lax.fori_loop(0, layout.chunks, step, (initial, nothing))
+            leave(layout.chunks - 1, output)
+            final_ref.at[b, h, :, columns][...] = final
             plgpu.wait_smem_to_gmem(0)
 
         tiles = _Tiles((q_ref, k_ref, writers_ref), value_ref, (readers_ref,), rows_ref)
@@ -474,9 +500,9 @@ def _output(q, k, v, writers, readers, rows, state, layout: Layout):
         layout,
         out_type=(jax.ShapeDtypeStruct(v.shape, _BF16), jax.ShapeDtypeStruct(state.shape, _F32)),
         scratch_types={
-            "state_s": tile(wg, layout.dim, COLUMNS),
-            "y_s": tile(wg, CHUNK, COLUMNS),
-            "output_s": tile(wg, CHUNK, COLUMNS),
+            "state_s": _tile(layout, wg, layout.dim, layout.columns),
+            "y_s": _tile(layout, wg, CHUNK, layout.columns),
+            "output_s": _tile(layout, wg, CHUNK, layout.columns),
             **_slots(layout, stages, 3, 1),
         },
         **_sweep_options(layout),
@@ -495,7 +521,7 @@ def _states(k, v, writers, inverse, rows, state, layout: Layout):
     `v`, bfloat16.
     """
     wg = layout.warpgroups
-    stages = _stages(layout, 2, 2, 2 * wg * COLUMNS * (layout.dim + 3 * CHUNK))
+    stages = _stages(layout, 2, 2, 2 * wg * layout.columns * (layout.dim + 3 * CHUNK))
 
     def body(*refs, state_s, y_s, n_s, **slots):
         k_ref, writers_ref, value_ref, inverse_ref, rows_ref, initial_ref, before_ref, pseudo_ref = refs
@@ -527,7 +553,7 @@ def _states(k, v, writers, inverse, rows, state, layout: Layout):
                     plgpu.commit_smem()
                     return new_state
 
-                state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS), (CHUNK, COLUMNS))
+                state = scoped(main, (CHUNK, layout.columns), (layout.dim, layout.columns), (CHUNK, layout.columns))
                 for part in range(2):
                     plgpu.copy_smem_to_gmem(n_t[part], pseudo_ref.at[part, b, tokens, h, columns])
 
@@ -555,9 +581,9 @@ def _states(k, v, writers, inverse, rows, state, layout: Layout):
         layout,
         out_type=(jax.ShapeDtypeStruct(before_shape, _BF16), jax.ShapeDtypeStruct((2, *v.shape), _BF16)),
         scratch_types={
-            "state_s": tile(wg, layout.dim, COLUMNS),
-            "y_s": tile(wg, CHUNK, COLUMNS),
-            "n_s": tile(wg, 2, CHUNK, COLUMNS),
+            "state_s": _tile(layout, wg, layout.dim, layout.columns),
+            "y_s": _tile(layout, wg, CHUNK, layout.columns),
+            "n_s": _tile(layout, wg, 2, CHUNK, layout.columns),
             **_slots(layout, stages, 2, 2),
         },
         **_sweep_options(layout),
@@ -572,7 +598,7 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
     state_shape = jax.ShapeDtypeStruct(d_final.shape, _F32)
     after_shape = jax.ShapeDtypeStruct((*d_final.shape[:2], layout.chunks, *d_final.shape[2:]), _BF16)
     groups = layout.dim // CHUNK
-    stages = _stages(layout, 3, 1, 2 * wg * COLUMNS * (layout.dim + (1 + max(groups, 2)) * CHUNK))
+    stages = _stages(layout, 3, 1, 2 * wg * layout.columns * (layout.dim + (1 + max(groups, 2)) * CHUNK))
 
     def body(*refs, d_state_s, r_s, low_s, **slots):
         *key_refs, d_output_ref, readers_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
@@ -589,7 +615,7 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
             def store(d_state):
                 d_state_t[...], low = split(d_state)
                 for group in range(groups):
-                    low_t[group][...] = lax.slice(low, (group * CHUNK, 0), ((group + 1) * CHUNK, COLUMNS))
+                    low_t[group][...] = lax.slice(low, (group * CHUNK, 0), ((group + 1) * CHUNK, layout.columns))
                 plgpu.commit_smem()
 
             def step(i, d_state):
@@ -625,7 +651,7 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
                     store(d_new)
                     return d_new
 
-                d_state = scoped(main, (CHUNK, COLUMNS), (layout.dim, COLUMNS))
+                d_state = scoped(main, (CHUNK, layout.columns), (layout.dim, layout.columns))
 
                 @pl.when(n > 0)
                 def _():
@@ -649,9 +675,9 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
         layout,
         out_type=(after_shape, jax.ShapeDtypeStruct(d_output.shape, _BF16), state_shape),
         scratch_types={
-            "d_state_s": tile(wg, layout.dim, COLUMNS),
-            "r_s": tile(wg, CHUNK, COLUMNS),
-            "low_s": tile(wg, max(groups, 2), CHUNK, COLUMNS),
+            "d_state_s": _tile(layout, wg, layout.dim, layout.columns),
+            "r_s": _tile(layout, wg, CHUNK, layout.columns),
+            "low_s": _tile(layout, wg, max(groups, 2), CHUNK, layout.columns),
             **_slots(layout, stages, 3, 1),
         },
         **_sweep_options(layout),
@@ -689,6 +715,12 @@ class _Work(NamedTuple):
     def slots(self) -> int:
         """Of a stream, for the copies of a group."""
         return 2 // self.streams
+
+    def slot(self, turn: jax.Array, group: int) -> Any:
+        """Where a group of a stream's item is; an integer wherever it can be, for addresses in registers are slow."""
+        if self.groups % self.slots == 0:
+            return group % self.slots
+        return lax.rem(turn * self.groups + group, jnp.int32(self.slots))
 
     @property
     def turns(self) -> int:
@@ -796,7 +828,7 @@ def _copy_items(inputs, memory, place, layout: Layout, work: _Work) -> None:
         tokens = pl.ds(n * CHUNK, CHUNK)
         for group in range(work.groups):
             columns, step = pl.ds(group * COLUMNS, COLUMNS), turn * work.groups + group
-            slot = lax.rem(step, jnp.int32(work.slots))
+            slot = work.slot(turn, group)
             barrier = memory["full"].at[stream * work.slots + slot]
             pl.when(step >= work.slots)(
                 lambda slot=slot: plgpu.barrier_wait(memory["empty"].at[stream * work.slots + slot])
@@ -861,7 +893,7 @@ def _treat_item(at, turn, w, piece, stream, outputs, memory, layout: Layout, wor
         """What sums over value columns: F, H, E; and dP, -dM or both."""
         d_beta = kept = plgpu.layout_cast(jnp.zeros(CHUNK, _F32), plgpu.Layout.WGMMA.reduce(1))
         for group in range(work.groups):
-            slot = lax.rem(turn * work.groups + group, jnp.int32(work.slots))
+            slot = work.slot(turn, group)
             tiles = (memory[name].at[stream, slot] for name in ("d_output_s", "r_s", "v_s", "before_s", "after_s"))
             d_output_t, r_t, value_t, before_t, after_t = tiles
             before_t, after_t = before_t.at[own_keys], after_t.at[own_keys]

@@ -29,10 +29,10 @@ def refusal() -> str | None:
     return None
 
 
-def tile(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> Any:
-    """A tile in shared memory that the matrix unit reads: 128-byte lines, swizzled."""
-    line = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int, dtype: jnp.dtype = jnp.bfloat16, line: int = 128) -> Any:
+    """A tile in shared memory that the matrix unit reads: lines of 128 or 64 bytes, swizzled; one for both operands."""
+    numbers = line // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, numbers)), plgpu.SwizzleTransform(line)))
 
 
 def along_rows(ref: Any) -> jax.Array:
