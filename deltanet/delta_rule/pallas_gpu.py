@@ -4,15 +4,15 @@
     output     the chunks in order, the state in registers: the output
     states     the same for the backward: the state before every chunk, and N
     reverse    the chunks in reverse order, the state's gradient dS in registers: dS of every chunk, and R = A^T dN
-    gradients  every chunk and 64 columns of the keys by themselves: dQ, dK, dV, and those of the numbers per token
+    gradients  every chunk by itself: dQ, dK, dV, and those of the numbers per token
 
 The chains over the chunks give each head a block of their own. One warpgroup of it copies tiles from device memory
 ahead of time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
 DERIVATION.md.
 
 Where keys are alike, sums over the tokens of a chunk cancel, and rounding decides what is left. What enters such a sum
-is therefore split into two bfloat16 matrices, the number and what its rounding lost. J and L have such sums behind them
-and are not split.
+is therefore in float16, or split into two bfloat16 matrices, the number and what its rounding lost. J and L have such
+sums behind them and are plain bfloat16.
 
 A kernel needs an operand's rows to be whole swizzled lines of 64 numbers, so head sizes are 64, 128 and 256.
 """
@@ -54,6 +54,7 @@ COLUMNS = 64  # value columns of a warpgroup, where there are heads enough
 SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
 _MULTIPROCESSORS = 132
+_ROLLED = False
 _PREPARING = 3  # warpgroups of a block of `prepare`; more would need more registers than there are
 _STAGES = 2  # slots of the copies of a sweep, where shared memory holds so many
 _F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -250,7 +251,9 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             if layout.interpret:  # it takes no operand from registers
                 m_s.at[w][...] = m
                 m = m_s.at[w]
-            for level in range(1, len(levels)):
+
+            def join(level, x):
+                """The blocks of X double."""
                 x16 = x.astype(_F16)
                 x_t[...] = x16
                 plgpu.commit_smem()
@@ -258,14 +261,21 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
                 y_t[...] = product((m, x_t)).astype(_F16) * half(levels_s.at[level])
                 plgpu.commit_smem()
 
-                def doubled(accumulator, x=x, x16=x16):
+                def doubled(accumulator):
                     total = Sum(accumulator, x, layout.interpret)
                     total.issue((x_t if layout.interpret else x16, y_t))
                     return total.load(0)
 
-                x = scoped(doubled, (CHUNK, CHUNK))
+                larger = scoped(doubled, (CHUNK, CHUNK))
                 if layout.interpret:
                     plgpu.commit_smem()
+                return larger
+
+            if _ROLLED:
+                x = lax.fori_loop(1, len(levels), join, x)
+            else:
+                for level in range(1, len(levels)):
+                    x = join(level, x)
             x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
 

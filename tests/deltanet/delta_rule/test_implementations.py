@@ -28,6 +28,11 @@ LONG = (
     *(Case(time=300, dim=64, value_dim=64, keys=keys, beta=2.0) for keys in (0.0, 0.5, 0.9, 0.99, 1.0)),
     Case(time=300, dim=128, value_dim=64, segments=(1, 127, 100, 72), gated=True, batch=2),
 )
+# Heads enough for the widest slices of value columns and for more items than multiprocessors.
+MANY = (
+    Case(time=130, dim=128, value_dim=128, heads=72),
+    Case(time=130, dim=64, value_dim=64, heads=72, batch=2, gated=True),
+)
 
 
 def _low(cases: tuple[Case, ...]) -> list[Case]:
@@ -92,6 +97,6 @@ def test_gpu_kernels_interpreted_on_all_sizes(case, monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
-@pytest.mark.parametrize("case", _low((*FLOAT32, *BFLOAT16, *LONG)), ids=str)
+@pytest.mark.parametrize("case", _low((*FLOAT32, *BFLOAT16, *LONG, *MANY)), ids=str)
 def test_gpu_kernels_compiled(case):
     check(partial(api.delta_rule, implementation="pallas_gpu"), case)
