@@ -471,6 +471,7 @@ def _output(q, k, v, writers, readers, rows, state, layout: Layout):
                     issue(predicted, (key_t, state_t))
                     issue(read, (query_t, state_t))
                     leave(n - 1, output_before)  # while these products run
+                    entry = _entry(rows_t, layout) if layout.gated else None
                     prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1)
                     y_t[...] = _right_side(slots["value_s"].at[slot, w], prediction, rows_t, layout).astype(_BF16)
                     plgpu.commit_smem()
@@ -483,7 +484,7 @@ def _output(q, k, v, writers, readers, rows, state, layout: Layout):
                     plgpu.commit_smem()
                     before = plgpu.wgmma_accumulator_load(read, wait_n=1)
                     if layout.gated:
-                        before = scale_rows(before, _entry(rows_t, layout))
+                        before = scale_rows(before, entry)
                     output = layout.scale * before + plgpu.wgmma_accumulator_load(inside, wait_n=0)
                     return new_state, output.astype(_BF16)
 
@@ -758,12 +759,14 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
         inputs, outputs = refs[:9], refs[9:]
 
         def place(stream, turn):
-            """Which item it is: batch, head, chunk and unit; and whether there is such an item."""
+            """Which item it is: batch, head, chunk, unit and a zero; and whether there is such an item."""
             item = (turn * work.blocks + lax.axis_index("blocks")) * work.streams + stream
             unit, rest = lax.rem(item, jnp.int32(work.units)), lax.div(item, jnp.int32(work.units))
             h, rest = lax.rem(rest, jnp.int32(layout.heads)), lax.div(rest, jnp.int32(layout.heads))
             b, n = lax.rem(rest, jnp.int32(layout.batch)), lax.div(rest, jnp.int32(layout.batch))
-            return (b, h, n, unit), item < work.items
+            # A zero that the compiler does not know: else it keeps the addresses of all tiles in registers.
+            zero = lax.div(item + lax.axis_index("warpgroup"), jnp.int32(work.items + work.warpgroups))
+            return (b, h, n, unit, zero), item < work.items
 
         warpgroup = lax.axis_index("warpgroup")
 
@@ -772,21 +775,19 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
             plgpu.set_max_registers(40, action="decrease")
             _copy_items(inputs, memory, place, layout, work)
 
-        for w in range(work.warpgroups):
+        @pl.when(warpgroup < work.warpgroups)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            stream, piece = (0, warpgroup) if work.pieces > 1 else (warpgroup, 0)
 
-            @pl.when(warpgroup == w)
-            def _(w=w):
-                plgpu.set_max_registers(232, action="increase")
-                stream, piece = divmod(w, work.pieces)
+            @pl.loop(0, work.turns)
+            def _(turn):
+                at, there = place(stream, turn)
+                pl.when(there)(lambda: _treat_item(at, turn, stream, piece, outputs, memory, layout, work))
 
-                @pl.loop(0, work.turns)
-                def _(turn):
-                    at, there = place(stream, turn)
-                    pl.when(there)(lambda: _treat_item(at, turn, w, piece, stream, outputs, memory, layout, work))
-
-                if work.pieces > 1:
-                    pl.when(place(stream, jnp.int32(0))[1])(lambda: plgpu.barrier_wait(memory["spent"].at[stream]))
-                plgpu.wait_smem_to_gmem(0)
+            if work.pieces > 1:
+                pl.when(place(stream, jnp.int32(0))[1])(lambda: plgpu.barrier_wait(memory["spent"].at[stream]))
+            plgpu.wait_smem_to_gmem(0)
 
     shapes = [jax.ShapeDtypeStruct(x.shape, _BF16) for x in (q, k, v)]
     parts_shape = (layout.dim // _PIECE, parts, layout.batch, layout.heads, layout.time)
@@ -802,9 +803,8 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
         thread_name="warpgroup",
         scratch_types={
             # Of a group of value columns; filled again as soon as all warpgroups of the stream are done with it.
-            "d_output_s": tile(*slots, CHUNK, COLUMNS),
+            "outer_s": tile(*slots, 2, CHUNK, COLUMNS),  # dO and R
             "n_s": tile(*slots, 2, CHUNK, COLUMNS),
-            "r_s": tile(*slots, CHUNK, COLUMNS),
             "v_s": tile(*slots, CHUNK, COLUMNS),
             "before_s": tile(*slots, width, COLUMNS),
             "after_s": tile(*slots, width, COLUMNS),
@@ -819,8 +819,7 @@ def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout
             "loaded": plgpu.Barrier(num_arrivals=2 + layout.rows, num_barriers=warpgroups),
             "left": plgpu.Barrier(num_barriers=warpgroups),
             # Shared by a stream, whose warpgroups make one each: D and Y, split, and beta Y where there is room.
-            "d_s": tile(streams, 2, CHUNK, CHUNK),
-            "y_s": tile(streams, 2, CHUNK, CHUNK),
+            "d_and_y_s": tile(streams, 2, 2, CHUNK, CHUNK),
             **({"beta_y_s": tile(streams, CHUNK, CHUNK)} if work.pieces > 1 else {}),
             "made": plgpu.Barrier(num_arrivals=work.pieces, num_barriers=streams),
             "spent": plgpu.Barrier(num_arrivals=work.pieces, num_barriers=streams),
@@ -834,7 +833,7 @@ def _copy_items(inputs, memory, place, layout: Layout, work: _Work) -> None:
     width = work.pieces * _PIECE
 
     def copy(stream, turn, at):
-        b, h, n, unit = at
+        b, h, n, unit, _ = at
         tokens = pl.ds(n * CHUNK, CHUNK)
         for group in range(work.groups):
             columns, step = pl.ds(group * COLUMNS, COLUMNS), turn * work.groups + group
@@ -843,9 +842,10 @@ def _copy_items(inputs, memory, place, layout: Layout, work: _Work) -> None:
             pl.when(step >= work.slots)(
                 lambda slot=slot: plgpu.barrier_wait(memory["empty"].at[stream * work.slots + slot])
             )
-            for ref, name in ((d_output_ref, "d_output_s"), (r_ref, "r_s"), (v_ref, "v_s")):
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns], memory[name].at[stream, slot], barrier)
-            for part in range(2):
+            plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, columns], memory["v_s"].at[stream, slot], barrier)
+            for part, ref in enumerate((d_output_ref, r_ref)):
+                target = memory["outer_s"].at[stream, slot, part]
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns], target, barrier)
                 source = pseudo_ref.at[part, b, tokens, h, columns]
                 plgpu.copy_gmem_to_smem(source, memory["n_s"].at[stream, slot, part], barrier)
             for ref, name in ((before_ref, "before_s"), (after_ref, "after_s")):
@@ -886,56 +886,56 @@ def _copy_items(inputs, memory, place, layout: Layout, work: _Work) -> None:
                 plgpu.barrier_wait(memory["left"].at[stream * work.pieces + piece])
 
 
-def _treat_item(at, turn, w, piece, stream, outputs, memory, layout: Layout, work: _Work) -> None:
+def _treat_item(at, turn, stream, piece, outputs, memory, layout: Layout, work: _Work) -> None:
     """A warpgroup's part of an item: `piece` of its key columns, and some of its value columns."""
     d_q_ref, d_k_ref, d_v_ref, parts_ref = outputs
-    b, h, n, unit = at
-    tokens = pl.ds(n * CHUNK, CHUNK)
+    b, h, n, unit, zero = at
+    own = stream + zero
+    tokens, w = pl.ds(n * CHUNK, CHUNK), own * work.pieces + piece
     own_keys = pl.ds(piece * _PIECE, _PIECE)
     q_t, k_t, rows_t, parts_t = (memory[name].at[w] for name in ("q_s", "k_s", "rows_s", "parts_s"))
-    d_t, y_t = parts_of(memory["d_s"].at[stream]), parts_of(memory["y_s"].at[stream])
-    beta_y_t = memory["beta_y_s"].at[stream] if work.pieces > 1 else d_t[1]
-    # D of the first warpgroup and Y of the last one.
-    makes_d, makes_y = piece == 0, piece == work.pieces - 1
+    d_t, y_t = (parts_of(memory["d_and_y_s"].at[own, which + zero]) for which in range(2))
+    beta_y_t = memory["beta_y_s"].at[own] if work.pieces > 1 else d_t[1]
     square = (CHUNK, CHUNK)
 
     def over_values(from_state, prediction, to_state, *squares):
         """What sums over value columns: F, H, E; and dP, -dM or both."""
         d_beta = kept = plgpu.layout_cast(jnp.zeros(CHUNK, _F32), plgpu.Layout.WGMMA.reduce(1))
         for group in range(work.groups):
-            slot = work.slot(turn, group)
-            tiles = (memory[name].at[stream, slot] for name in ("d_output_s", "r_s", "v_s", "before_s", "after_s"))
-            d_output_t, r_t, value_t, before_t, after_t = tiles
+            slot = work.slot(turn, group) + zero
+            value_t, before_t, after_t = (memory[name].at[own, slot] for name in ("v_s", "before_s", "after_s"))
             before_t, after_t = before_t.at[own_keys], after_t.at[own_keys]
-            n_t = parts_of(memory["n_s"].at[stream, slot])
+            d_output_t, r_t = parts_of(memory["outer_s"].at[own, slot])
+            n_t = parts_of(memory["n_s"].at[own, slot])
             plgpu.barrier_wait(memory["full"].at[stream * work.slots + slot])
-            for accumulator, rows_of_it in zip(squares, [d_output_t] * makes_d + [r_t] * makes_y, strict=True):
-                issue(accumulator, *((rows_of_it, transposed(x)) for x in n_t))
+            for which, accumulator in enumerate(squares):
+                outer_t = memory["outer_s"].at[own, slot, piece if work.pieces > 1 else which]
+                issue(accumulator, *((outer_t, transposed(x)) for x in n_t))
             issue(from_state, (d_output_t, transposed(before_t)))
             issue(prediction, (r_t, transposed(before_t)))
             issue(to_state, (n_t[0], transposed(after_t)))
             if layout.gated:
                 kept += (load(before_t) * load(after_t)).sum(axis=1)
-            # The gradient of this group's values is made by one warpgroup of one unit.
-            mine = unit == group % work.units
-            if group // work.units % work.pieces == piece:
+
+            def values(d_beta, slot=slot, group=group, r_t=r_t, value_t=value_t):
                 own_r = load(r_t)
-                d_beta += jnp.where(mine, 1.0, 0.0) * (own_r * load(value_t)).sum(axis=1)
+                d_beta += (own_r * load(value_t)).sum(axis=1)
+                value_t[...] = scale_rows(own_r, along_rows(memory["beta_s"].at[own, slot])).astype(_BF16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(value_t, d_v_ref.at[b, tokens, h, pl.ds(group * COLUMNS, COLUMNS)])
+                return d_beta
 
-                @pl.when(mine)
-                def _(value_t=value_t, own_r=own_r, slot=slot, group=group):
-                    beta = along_rows(memory["beta_s"].at[stream, slot])
-                    value_t[...] = scale_rows(own_r, beta).astype(_BF16)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(value_t, d_v_ref.at[b, tokens, h, pl.ds(group * COLUMNS, COLUMNS)])
-
+            # The gradient of this group's values is made by one warpgroup of one unit.
+            mine = (unit == group % work.units) & (piece == group // work.units % work.pieces)
+            d_beta = lax.cond(mine, values, lambda d_beta: d_beta, d_beta)
             plgpu.wgmma_wait(0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()  # what was read here is read before it is overwritten
             plgpu.barrier_arrive(memory["empty"].at[stream * work.slots + slot])
         sums = [plgpu.wgmma_accumulator_load(x, wait_n=0) for x in (from_state, prediction, to_state, *squares)]
         return d_beta, kept, *sums
 
-    results = scoped(over_values, *((CHUNK, _PIECE),) * 3, *(square,) * (makes_d + makes_y))
+    results = scoped(over_values, *((CHUNK, _PIECE),) * 3, *(square,) * (3 - work.pieces))
     d_beta, kept, from_state, prediction, to_state, *squares = results
     if work.pieces > 1:
         pl.when(turn > 0)(lambda: plgpu.barrier_wait(memory["spent"].at[stream]))
@@ -943,15 +943,23 @@ def _treat_item(at, turn, w, piece, stream, outputs, memory, layout: Layout, wor
     beta = along_rows(rows_t.at[0])
     i, j = row_and_column(square)
     pairs = _pairs(rows_t, layout) if layout.gated else None
-    if makes_d:
-        d_scores = layout.scale * squares[0]
-        store_split(d_t, d_scores * pairs if layout.gated else jnp.where(i >= j, d_scores, 0.0))
-    if makes_y:
-        y = jnp.where(i > j, -squares[-1], 0.0)
-        y = y * pairs if layout.gated else y
-        store_split(y_t, y)
-        if work.pieces > 1:
-            beta_y_t[...] = scale_rows(y, beta).astype(_BF16)
+
+    def make(which, summed):
+        """D from dP, or Y from -dM; what is on the diagonal belongs to D alone."""
+        x = jnp.where(i >= j + which, summed * jnp.where(which == 0, layout.scale, -1.0), 0.0)
+        x = x * pairs if layout.gated else x
+        store_split(parts_of(memory["d_and_y_s"].at[own, which + zero]), x)
+        return x
+
+    if work.pieces > 1:
+        x = make(piece, squares[0])
+
+        @pl.when(piece == 1)
+        def _():
+            beta_y_t[...] = scale_rows(x, beta).astype(_BF16)
+
+    else:
+        _, y = (make(which, summed) for which, summed in enumerate(squares))
     plgpu.commit_smem()
     if work.pieces > 1:
         plgpu.barrier_arrive(memory["made"].at[stream])
