@@ -54,7 +54,7 @@ COLUMNS = 64  # value columns of a warpgroup, where there are heads enough
 SIZES = (64, 128, 256)
 _BLOCK_SHARED_MEMORY = 227 * 1024
 _MULTIPROCESSORS = 132
-_ROLLED = False
+_SLOTS = 2  # chunks of a warpgroup of `prepare` in shared memory
 _PREPARING = 3  # warpgroups of a block of `prepare`; more would need more registers than there are
 _STAGES = 2  # slots of the copies of a sweep, where shared memory holds so many
 _F32, _BF16, _F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -181,7 +181,8 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
     Every warpgroup works by itself, on one chunk after another: while one waits, others compute.
     """
     columns = min(layout.dim, 128)  # of a product with the keys: more would need more registers than there are
-    bytes_of_one = 2 * CHUNK * (2 * layout.dim + 2 * CHUNK) + 4 * layout.rows * CHUNK
+    groups = layout.dim // 64
+    bytes_of_one = 2 * CHUNK * (2 * _SLOTS * layout.dim + 2 * CHUNK) + 4 * _SLOTS * layout.rows * CHUNK
     levels = _levels()
     # The interpreter takes the whole of a union for one, and the warpgroups' parts of it for a race.
     warpgroups = (
@@ -190,30 +191,40 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
     chains = layout.batch * layout.heads
     total = chains * layout.chunks
     blocks = min(_MULTIPROCESSORS, -(-total // warpgroups))
+    stride = blocks * warpgroups
 
     def body(q_ref, k_ref, rows_ref, levels_ref, *refs, q_s, k_s, x_s, y_s, rows_s, levels_s, loaded, ready, m_s=None):
         j_ref, l_ref, *inverse_ref = refs
         w = lax.axis_index("warpgroup")
         first = lax.axis_index("blocks") * warpgroups + w
         # The same memory twice: as bfloat16 numbers that come or go, and as float16 numbers of the products here.
-        (q_t, p_t, reads_t), (k_t, key16_t), (high_t, x_t), (low_t, y_t) = (
-            [x.at[w] for x in union] for union in (q_s, k_s, x_s, y_s)
-        )
-        rows_t = rows_s.at[w]
+        (high_t, x_t), (low_t, y_t) = ([x.at[w] for x in union] for union in (x_s, y_s))
         pl.when(w == 0)(lambda: plgpu.copy_gmem_to_smem(levels_ref, levels_s, ready))
         plgpu.barrier_wait(ready)
 
-        def step(item):
+        def place(item):
             # The last chunks come first: what the sweep reads first is then still in the cache.
             turn, head = lax.div(item, jnp.int32(chains)), lax.rem(item, jnp.int32(chains))
             b, h = lax.div(head, jnp.int32(layout.heads)), lax.rem(head, jnp.int32(layout.heads))
-            n = layout.chunks - 1 - turn
-            tokens = pl.ds(n * CHUNK, CHUNK)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_t, loaded.at[w])
-            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_t, loaded.at[w])
+            return b, h, pl.ds((layout.chunks - 1 - turn) * CHUNK, CHUNK)
+
+        def fetch(item, slot):
+            b, h, tokens = place(item)
+            barrier = loaded.at[w * _SLOTS + slot]
+            plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_s[0].at[w, slot], barrier)
+            for group in range(groups):
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[b, tokens, h, pl.ds(group * 64, 64)], q_s[0].at[w, slot, group], barrier
+                )
             for row in range(layout.rows):
-                plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_t.at[row], loaded.at[w])
-            plgpu.barrier_wait(loaded.at[w])
+                plgpu.copy_gmem_to_smem(rows_ref.at[row, b, h, tokens], rows_s.at[w, slot, row], barrier)
+
+        def step(turn, item):
+            (b, h, tokens), slot = place(item), lax.rem(turn, jnp.int32(_SLOTS))
+            (q_t, p_t), (k_t, key16_t) = ([x.at[w, slot] for x in union] for union in (q_s, k_s))
+            p_t, reads_t, rows_t = p_t.at[0], q_t.at[0], rows_s.at[w, slot]
+            key_parts = [pl.ds(group * 64, 64) for group in range(groups)]
+            plgpu.barrier_wait(loaded.at[w * _SLOTS + slot])
 
             def indices(salt):
                 """Rows and columns, with zeros added that the compiler doesn't know: else it computes all masks once
@@ -227,8 +238,8 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
 
             def similarities(of_keys, of_queries):
                 issue(of_keys, (k_t, transposed(k_t)))
-                issue(of_queries, (q_t, transposed(k_t)))
-                m = plgpu.wgmma_accumulator_load(of_keys, wait_n=1)
+                issue(of_queries, *((q_t.at[i], transposed(k_t.at[:, part])) for i, part in enumerate(key_parts)))
+                m = plgpu.wgmma_accumulator_load(of_keys, wait_n=groups)
                 return m, plgpu.wgmma_accumulator_load(of_queries, wait_n=0)
 
             m, score = scoped(similarities, (CHUNK, CHUNK), (CHUNK, CHUNK))
@@ -243,11 +254,14 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             i, j = indices(1)
             leaves = _exit(rows_t, layout) if layout.gated else None
             x = jnp.where(i == j, 1.0, (m * half(levels_s.at[0])).astype(_F32))
-            key_parts = [pl.ds(group * 64, 64) for group in range(layout.dim // 64)]
             keys = [half(k_t.at[:, part]) for part in key_parts]
             for part, key in zip(key_parts, keys, strict=True):
                 key = key.astype(_F32)
                 key16_t.at[:, part][...] = (scale_rows(key, leaves) if layout.gated else key).astype(_F16)
+            # What the chunk before left is gone, and its tiles are free for the next.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            pl.when(item + stride < total)(lambda: fetch(item + stride, lax.rem(turn + 1, jnp.int32(_SLOTS))))
             if layout.interpret:  # it takes no operand from registers
                 m_s.at[w][...] = m
                 m = m_s.at[w]
@@ -271,11 +285,8 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
                     plgpu.commit_smem()
                 return larger
 
-            if _ROLLED:
-                x = lax.fori_loop(1, len(levels), join, x)
-            else:
-                for level in range(1, len(levels)):
-                    x = join(level, x)
+            for level in range(1, len(levels)):
+                x = join(level, x)
             x_t[...] = x.astype(_F16)
             plgpu.commit_smem()
 
@@ -299,19 +310,23 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
             if keep:
                 plgpu.copy_smem_to_gmem(high_t, inverse_ref[0].at[0, b, h, tokens])
                 plgpu.copy_smem_to_gmem(low_t, inverse_ref[0].at[1, b, h, tokens])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if layout.interpret:  # it takes both slots of a union for one
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.loop(0, -(-total // (blocks * warpgroups)))
+        pl.when(first < total)(lambda: fetch(first, jnp.int32(0)))
+
+        @pl.loop(0, -(-total // stride))
         def _(turn):
-            item = first + turn * (blocks * warpgroups)
-            pl.when(item < total)(partial(step, item))
+            item = first + turn * stride
+            pl.when(item < total)(partial(step, turn, item))
 
         plgpu.wait_smem_to_gmem(0)
 
     l_shape = (layout.batch, layout.heads, layout.time, CHUNK)
     shapes = [jax.ShapeDtypeStruct(k.shape, _BF16), jax.ShapeDtypeStruct(l_shape, _BF16)]
     shapes += [jax.ShapeDtypeStruct((2, *l_shape), _BF16)] * keep
-    square, keys = (warpgroups, CHUNK, CHUNK), (warpgroups, CHUNK, layout.dim)
+    square, keys = (warpgroups, CHUNK, CHUNK), (warpgroups, _SLOTS, CHUNK, layout.dim)
+    queries = (warpgroups, _SLOTS, groups, CHUNK, 64)
     results = _kernel(
         body,
         "prepare",
@@ -322,13 +337,13 @@ def prepare(q: jax.Array, k: jax.Array, rows: jax.Array, layout: Layout, *, keep
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={
-            "q_s": plgpu.RefUnion(tile(*keys), tile(*square, dtype=_F16), tile(*square)),
+            "q_s": plgpu.RefUnion(tile(*queries), tile(*queries, dtype=_F16)),
             "k_s": plgpu.RefUnion(tile(*keys), tile(*keys, dtype=_F16)),
             "x_s": plgpu.RefUnion(tile(*square), tile(*square, dtype=_F16)),
             "y_s": plgpu.RefUnion(tile(*square), tile(*square, dtype=_F16)),
-            "rows_s": plgpu.SMEM((warpgroups, layout.rows, CHUNK), _F32),
+            "rows_s": plgpu.SMEM((warpgroups, _SLOTS, layout.rows, CHUNK), _F32),
             "levels_s": tile(*levels.shape, dtype=_F16),
-            "loaded": plgpu.Barrier(num_arrivals=2 + layout.rows, num_barriers=warpgroups),
+            "loaded": plgpu.Barrier(num_arrivals=1 + groups + layout.rows, num_barriers=warpgroups * _SLOTS),
             "ready": plgpu.Barrier(),
             **({"m_s": tile(*square, dtype=_F16)} if layout.interpret else {}),
         },
