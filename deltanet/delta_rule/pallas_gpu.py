@@ -120,11 +120,9 @@ class Layout(NamedTuple):
 # Decay. `rows` is a reference to the numbers per token of a chunk, [1 to 3, chunk] in shared memory.
 
 
-def _pairs(rows: Any, layout: Layout, *, swapped: bool = False) -> jax.Array:
+def _pairs(rows: Any, layout: Layout) -> jax.Array:
     """Gamma, [chunk, chunk]: ones on and below the diagonal where there is no decay."""
     i, j = row_and_column((CHUNK, CHUNK))
-    if swapped:
-        i, j = j, i
     reaches = i >= j
     if not layout.gated:
         return jnp.where(reaches, 1.0, 0.0)
@@ -132,7 +130,7 @@ def _pairs(rows: Any, layout: Layout, *, swapped: bool = False) -> jax.Array:
     def difference(ref):
         row = lax.broadcast_in_dim(along_rows(ref), (CHUNK, CHUNK), [0])
         column = lax.broadcast_in_dim(along_columns(ref), (CHUNK, CHUNK), [1])
-        return column - row if swapped else row - column
+        return row - column
 
     if layout.packed:
         reaches = reaches & (difference(rows.at[2]) == 0)

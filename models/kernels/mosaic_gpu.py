@@ -132,11 +132,6 @@ def parts_of(refs: Any) -> tuple[Any, Any]:
     return refs.at[0], refs.at[1]
 
 
-def split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
-    """The pairs of the product of two split matrices; the product of both remainders is below float32's rounding."""
-    return (a[0], b[0]), (a[1], b[0]), (a[0], b[1])
-
-
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Float32 `x` as the sum of two bfloat16 arrays: `x` rounded (ties away from zero), and what that lost, rounded."""
     # Rounded as an integer: to convert there and back, the compiler takes one number at a time, and slowly.

@@ -28,10 +28,10 @@ LONG = (
     *(Case(time=300, dim=64, value_dim=64, keys=keys, beta=2.0) for keys in (0.0, 0.5, 0.9, 0.99, 1.0)),
     Case(time=300, dim=128, value_dim=64, segments=(1, 127, 100, 72), gated=True, batch=2),
 )
-# Heads enough for the widest slices of value columns and for more items than multiprocessors.
+# Heads enough for the widest slices of value columns, and for several items a warpgroup everywhere.
 MANY = (
-    Case(time=130, dim=128, value_dim=128, heads=72),
-    Case(time=130, dim=64, value_dim=64, heads=72, batch=2, gated=True),
+    Case(time=700, dim=128, value_dim=128, heads=72),
+    Case(time=700, dim=64, value_dim=64, heads=72, batch=2, gated=True),
 )
 
 
