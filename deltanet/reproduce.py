@@ -3,6 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ Values = dict[str, Any]
 
 
 def seconds(call: Callable[..., jax.Array], arguments: Sequence[jax.Array], budget: float) -> float:
-    """Median time of a call, of five batches of calls."""
-    run = partial(jax.jit(call), *arguments)
+    """Median time of a compiled call, of five batches of calls."""
+    run = partial(call, *arguments)
     return statistics.median(batch_seconds(run, calls_within(run, budget / 5), 5))
 
 
@@ -51,25 +52,31 @@ def _output(implementation: str, *arguments: jax.Array) -> jax.Array:
 def _run(context: Context) -> Values:
     if context.scale == "cpu":
         tokens, lengths, width = 1024, (256, 512), 128
-        chunkwise, recurrent = "chunked", partial(_output, "recurrent")
+        chunkwise, recurrent = (partial(_output, name) for name in ("chunked", "recurrent"))
     else:
         if jax.default_backend() != "gpu" or pallas_gpu.refusal(jnp.dtype("bfloat16"), 128, 128):
             raise UserError("figure 1 at scale gpu needs an NVIDIA GPU of the Hopper generation and JAX 0.11")
-        tokens, lengths, width, chunkwise = LENGTHS[-1], LENGTHS, WIDTH, "pallas_gpu"
+        tokens, lengths, width, chunkwise = LENGTHS[-1], LENGTHS, WIDTH, partial(_output, "pallas_gpu")
 
         def recurrent(*arguments):
             return recurrent_gpu.recurrent_forward(*arguments, scale=arguments[0].shape[-1] ** -0.5)
 
-    sizes = {}
-    for dim in PAPER if context.scale != "cpu" else (64,):
-        sizes[str(dim)] = found = {"chunkwise": [], "recurrent": [], "difference": []}
-        for length in lengths:
-            arguments = _inputs(tokens // length, length, width // dim, dim)
-            outputs = [jax.jit(x)(*arguments).astype(jnp.float32) for x in (partial(_output, chunkwise), recurrent)]
-            difference = jnp.linalg.norm(outputs[0] - outputs[1]) / jnp.linalg.norm(outputs[1])
-            found["difference"].append(float(difference))
-            found["chunkwise"].append(seconds(partial(_output, chunkwise), arguments, 0.1))
-            found["recurrent"].append(seconds(recurrent, arguments, 0.1))
+    dims = PAPER if context.scale != "cpu" else (64,)
+    shapes = [(dim, (tokens // length, length, width // dim, dim)) for dim in dims for length in lengths]
+    with ThreadPoolExecutor() as pool:  # to compile takes far longer than to run
+        compiling = [
+            [pool.submit(jax.jit(form).lower(*arguments).compile) for form in (chunkwise, recurrent)]
+            for arguments in (jax.eval_shape(partial(_inputs, *shape)) for _, shape in shapes)
+        ]
+        calls = [[future.result() for future in pair] for pair in compiling]
+    sizes = {str(dim): {"chunkwise": [], "recurrent": [], "difference": []} for dim in dims}
+    for (dim, shape), pair in zip(shapes, calls, strict=True):
+        found, arguments = sizes[str(dim)], _inputs(*shape)
+        outputs = [call(*arguments).astype(jnp.float32) for call in pair]
+        difference = jnp.linalg.norm(outputs[0] - outputs[1]) / jnp.linalg.norm(outputs[1])
+        found["difference"].append(float(difference))
+        for name, call in zip(("chunkwise", "recurrent"), pair, strict=True):
+            found[name].append(seconds(call, arguments, 0.1))
     return {"scale": context.scale, "lengths": list(lengths), "sizes": sizes}
 
 

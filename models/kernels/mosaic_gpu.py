@@ -29,10 +29,10 @@ def refusal() -> str | None:
     return None
 
 
-def tile(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> Any:
-    """A tile in shared memory that the matrix unit reads: 128-byte lines, swizzled."""
-    line = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int, dtype: jnp.dtype = jnp.bfloat16, line: int = 128) -> Any:
+    """A tile in shared memory that the matrix unit reads: lines of 128 or 64 bytes, swizzled; one for both operands."""
+    numbers = line // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, numbers)), plgpu.SwizzleTransform(line)))
 
 
 def along_rows(ref: Any) -> jax.Array:
@@ -132,13 +132,14 @@ def parts_of(refs: Any) -> tuple[Any, Any]:
     return refs.at[0], refs.at[1]
 
 
-def split_product(a: Any, b: Any) -> Sequence[tuple[Any, Any]]:
-    """The pairs of the product of two split matrices; the product of both remainders is below float32's rounding."""
-    return (a[0], b[0]), (a[1], b[0]), (a[0], b[1])
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float32 `x` as the sum of two bfloat16 arrays: `x` rounded (ties away from zero), and what that lost, rounded."""
+    # Rounded as an integer: to convert there and back, the compiler takes one number at a time, and slowly.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    high = jax.lax.bitcast_convert_type((bits + jnp.int32(0x8000)) & jnp.int32(-0x10000), jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def store_split(refs: Sequence[Any], x: jax.Array) -> None:
     """Writes `x` as the sum of two bfloat16 tiles, `refs[0] + refs[1]`."""
-    high = x.astype(jnp.bfloat16)
-    refs[0][...] = high
-    refs[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    refs[0][...], refs[1][...] = split(x)

@@ -28,6 +28,11 @@ LONG = (
     *(Case(time=300, dim=64, value_dim=64, keys=keys, beta=2.0) for keys in (0.0, 0.5, 0.9, 0.99, 1.0)),
     Case(time=300, dim=128, value_dim=64, segments=(1, 127, 100, 72), gated=True, batch=2),
 )
+# Heads enough for the widest slices of value columns, and for several items a warpgroup everywhere.
+MANY = (
+    Case(time=700, dim=128, value_dim=128, heads=72),
+    Case(time=700, dim=64, value_dim=64, heads=72, batch=2, gated=True),
+)
 
 
 def _low(cases: tuple[Case, ...]) -> list[Case]:
@@ -59,16 +64,19 @@ def test_matches_the_oracle(name, case, monkeypatch):
     ),
     ids=str,
 )
-def test_gpu_kernels_interpreted(case, monkeypatch):
-    _interpret_gpu(monkeypatch)
-    check(partial(api.delta_rule, implementation="pallas_gpu"), case)
+def test_gpu_kernels_interpreted(case, monkeypatch, capsys):
+    # One multiprocessor, so that a block has more than one item.
+    monkeypatch.setattr(pallas_gpu, "_MULTIPROCESSORS", 1)
+    _check_interpreted(case, monkeypatch, capsys)
 
 
-def _interpret_gpu(monkeypatch):
-    """Shared memory starts as NaN there, and unordered accesses to it are errors."""
+def _check_interpreted(case, monkeypatch, capsys):
+    """Shared memory starts as NaN there, and unordered accesses to it are reported."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     _interpreted(monkeypatch, pallas_gpu, plgpu.InterpretGPUParams(detect_races=True))
+    check(partial(api.delta_rule, implementation="pallas_gpu"), case)
+    assert "RACE" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -83,13 +91,12 @@ def test_matches_the_oracle_on_all_sizes(name, case, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=GPU_CASES)
 @pytest.mark.parametrize("case", _low([case for case in LONG if case.time <= 300]), ids=str)
-def test_gpu_kernels_interpreted_on_all_sizes(case, monkeypatch):
-    _interpret_gpu(monkeypatch)
-    check(partial(api.delta_rule, implementation="pallas_gpu"), Case(**{**case.__dict__, "heads": 1, "batch": 1}))
+def test_gpu_kernels_interpreted_on_all_sizes(case, monkeypatch, capsys):
+    _check_interpreted(Case(**{**case.__dict__, "heads": 1, "batch": 1}), monkeypatch, capsys)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
-@pytest.mark.parametrize("case", _low((*FLOAT32, *BFLOAT16, *LONG)), ids=str)
+@pytest.mark.parametrize("case", _low((*FLOAT32, *BFLOAT16, *LONG, *MANY)), ids=str)
 def test_gpu_kernels_compiled(case):
     check(partial(api.delta_rule, implementation="pallas_gpu"), case)

@@ -10,7 +10,7 @@ import pytest
 
 from deltanet.delta_rule import pallas_gpu, pallas_tpu
 from deltanet.delta_rule.chunked import unit_lower_inverse
-from tests.deltanet.delta_rule.cases import Case, make
+from tests.deltanet.delta_rule.cases import Case, make, relative_rms
 
 GPU_KERNELS = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need JAX 0.11")
 
@@ -34,19 +34,21 @@ def test_inverse_of_a_hard_triangle(size):
 
 
 @GPU_KERNELS
-def test_gpu_inverse_of_a_hard_triangle():
-    """Float16 blocks and one Newton step reach what a sum of two bfloat16 matrices can hold."""
+def test_gpu_prepares_a_hard_triangle():
+    """J and L are as good as bfloat16 can hold them, and so is what is kept of A for the backward, as a sum of two."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     rng = np.random.default_rng(0)
-    k = rng.standard_normal((1, 64, 1, 64)) * 0.05 + np.ones(64)
-    k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.bfloat16)
+    q, k = rng.standard_normal((1, 64, 1, 64)), rng.standard_normal((1, 64, 1, 64)) * 0.05 + np.ones(64)
+    q, k = (jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.bfloat16) for x in (q, k))
     rows = jnp.asarray(rng.uniform(0, 2, (1, 1, 1, 64)), jnp.float32)
-    layout = pallas_gpu.layout_of(k, k, rows, 1.0, plgpu.InterpretGPUParams(detect_races=True))
-    split = np.asarray(pallas_gpu.invert(k, rows, layout), np.float64)[:, 0, 0]
-    exact = np.asarray(k[0, :, 0], np.float64)
-    wanted = np.linalg.inv(np.eye(64) + np.tril(np.asarray(rows[0, 0, 0], np.float64)[:, None] * (exact @ exact.T), -1))
-    np.testing.assert_allclose(split.sum(0), wanted, atol=5e-5)
+    layout = pallas_gpu.layout_of(q, k, rows, 1e4, plgpu.InterpretGPUParams(detect_races=True))
+    j, l, split = (np.asarray(x, np.float64) for x in pallas_gpu.prepare(q, k, rows, layout, keep=True))
+    q, k, beta = (np.asarray(x, np.float64) for x in (q[0, :, 0], k[0, :, 0], rows[0, 0, 0]))
+    inverse = np.linalg.inv(np.eye(64) + np.tril(beta[:, None] * (k @ k.T), -1))
+    assert relative_rms(split.sum(0)[0, 0], inverse) < 0.002
+    assert relative_rms(j[0, :, 0], inverse.T @ k) < 0.004
+    assert relative_rms(l[0, 0], 1e4 * np.tril(q @ k.T) @ inverse) < 0.004
 
 
 def both_passes(kernels, problem):
@@ -86,7 +88,7 @@ def test_tpu_kernels_lower(case):
 @GPU_KERNELS
 def test_gpu_kernels_lower():
     text = lowered(pallas_gpu, FULL, "cuda")
-    names = ("invert", "output", "states", "reverse", "gradients")
+    names = ("prepare", "output", "states", "reverse", "gradients")
     assert len(re.findall("stablehlo.custom_call @mosaic_gpu", text)) == len(names)
 
 
