@@ -256,7 +256,10 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
                     scores = product((query_t, transposed(k_s.at[j])))
                     if decayed:
                         scores = scores * _mean(_masks(rows_s, i, j, layout, diagonal=not offset))
-                    row_sum = _plus(row_sum, scores.sum(axis=1))
+                    # What the product sums, so that a query that sees itself alone gives its value: outside of this
+                    # kernel a gradient is the difference of the two. Inside, neither is rounded.
+                    summed = scores if layout.normalize else scores.astype(_BF16).astype(_F32)
+                    row_sum = _plus(row_sum, summed.sum(axis=1))
                     _accumulate(accumulator, scores, v_s.at[j], left_s, warpgroup)
                 return accumulator[...], row_sum
 
