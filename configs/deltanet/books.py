@@ -70,7 +70,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "clip": "global_norm",
     }
     config.log_every, config.steps_per_dispatch = "10 steps", 20
-    config.eval_every, config.checkpoint_every, config.keep_checkpoints = "100%", "100%", 1
+    config.eval_every, config.keep_checkpoints = "100%", 1
+    config.checkpoint_every = "25%" if large else "100%"
     if options.runlocal:
         config.model.update({"width": 64, "depth": 2, "dtype": "float32"})
         config.task.length, config.batch_size, config.steps = 64, 2, "4 steps"
