@@ -60,8 +60,8 @@ def _rate(record: Record) -> float | None:
 
 
 def _workers(scale: str) -> int:
-    """Processes that compile; each has about a GB of a GPU's memory."""
-    return 1 if scale == "cpu" else min(32, os.cpu_count())
+    """Processes that compile; each takes some GB of a GPU's memory to find the fastest products."""
+    return 1 if scale == "cpu" else min(12, os.cpu_count())
 
 
 # E3: a training step at 224 pixels.

@@ -27,6 +27,8 @@ from models.vision_transformer import VisionTransformer
 
 PATCH = 16
 CLASSES = 1000
+SCORES = 2**36
+"""Bytes of scores that are tried; the search for the fastest product alone needs several times as many."""
 UNMEASURED = "not measured"
 """What is said of a case before which the measurements were interrupted."""
 
@@ -66,6 +68,13 @@ class Case:
     @property
     def tokens(self) -> int:
         return (self.resolution // PATCH) ** 2 + 1
+
+    @property
+    def scores(self) -> int:
+        """Bytes of the scores of one layer in float32, where they are held all at once."""
+        options = dict(self.options)
+        held = options.get("implementation") == "xla" if self.mixer == "softmax" else options.get("form") == "full"
+        return 4 * self.batch * SIZES[self.size]["heads"] * self.tokens**2 if held else 0
 
 
 @dataclasses.dataclass
@@ -173,6 +182,8 @@ def _measured(program: "Program | Measured", repeats: int, seconds: float) -> Me
 
 
 def _prepared(case: Case) -> Program | Measured:
+    if case.scores > SCORES:
+        return Measured(case, failure=f"scores of {case.scores / 1e9:.0f} GB")
     try:
         return prepare(case)
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, RuntimeError) as error:

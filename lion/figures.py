@@ -27,6 +27,7 @@ def dots(
             axis.plot(found, [places[arm]] * len(found), "o", ms=3, alpha=0.6, color="tab:blue")
             axis.plot(np.mean(found), places[arm], "|", ms=12, mew=2, color="black")
         axis.set(title=name, xlabel=label, yticks=list(places.values()), yticklabels=list(titles.values()))
+        axis.set_ylim(0.6 - len(titles), 0.6)  # also where the last arms were not measured
         axis.grid(axis="y", alpha=0.3)
     plotting.save(figure, path)
 

@@ -139,6 +139,15 @@ def test_measurements():
     json.dumps([one.record() for one in measured])
 
 
+def test_scores_that_fit_nowhere_are_not_tried():
+    far = Case("full", "lion_s", "B", 2496, 8, training=False, options=(("form", "full"),))
+    (measured,) = run_cases([far], repeats=1)
+    assert measured.failure == "scores of 227 GB"
+    assert dataclasses.replace(far, options=(("form", "two_sided"),)).scores == 0
+    naive = dataclasses.replace(far, mixer="softmax", options=(("implementation", "xla"),), resolution=224)
+    assert naive.scores == 4 * 8 * 12 * 197**2
+
+
 def test_an_interrupt_keeps_what_was_measured(monkeypatch):
     def measure(program, repeats, seconds):
         if program.name == "second":
