@@ -113,7 +113,8 @@ def tfds_fashion_mnist(folder: str | Path) -> ImageSet:
     """
     from data.prepared_images import in_memory  # which imports TFDS
 
-    return in_memory("fashion_mnist", folder)
+    arrays, classes = in_memory("fashion_mnist", folder)
+    return ImageSet(*arrays, classes=classes)
 
 
 SOURCES: dict[str, Callable[[str | Path], ImageSet]] = {

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data.images import ImageSet
 from training.errors import UserError
 
 Example = Mapping[str, Any]
@@ -50,8 +49,11 @@ def encoded(name: str, data_dir: str | Path, split: str) -> Encoded:
     return Encoded(source, builder.info.features["label"].num_classes)
 
 
-def in_memory(name: str, data_dir: str | Path) -> ImageSet:
+def in_memory(name: str, data_dir: str | Path) -> tuple[list[np.ndarray], int]:
     """The splits `train` and `test` of a prepared set of small images of one size, decoded.
+
+    Returns:
+      Images and labels of the one, images and labels of the other (uint8), and the number of classes.
 
     Raises:
       UserError: as `encoded`, or a file that is no image.
@@ -62,7 +64,7 @@ def in_memory(name: str, data_dir: str | Path) -> ImageSet:
         examples = [part.source[i] for i in range(len(part.source))]
         images = np.stack([np.asarray(opened(example["image"])) for example in examples])
         arrays += [images.reshape(*images.shape[:3], -1), np.array([e["label"] for e in examples], np.uint8)]
-    return ImageSet(*arrays, classes=parts[0].classes)
+    return arrays, parts[0].classes
 
 
 def opened(content: bytes) -> Image.Image:
