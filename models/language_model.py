@@ -8,33 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import ACTIVATION, INIT, MLPS, NORMS, Linear, choose, kept
+from models.layers import INIT, MLPS, NORMS, Linear, choose, kept
 from models.recurrent_mixer import Cache
-from models.stack import Stack, runs
+from models.stack import REMAT, Stack, runs
 from training.config import build
 from training.errors import UserError, nearest
 from training.sharding import gathered
-
-_KERNELS = ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd")
-
-
-def _products_and_kernels(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-    if primitive.name.startswith(_KERNELS):
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
-
-
-_named = jax.checkpoint_policies.save_only_these_names(ACTIVATION)
-
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "products": _products_and_kernels,
-    "activations": jax.checkpoint_policies.save_from_both_policies(_products_and_kernels, _named),
-}
-"""What the backward pass keeps of a layer: everything; only its input; or also products with weights and what fused
-kernels return, so that only elementwise operations are done twice; or also those activations, in 16 bits, that are
-written to memory anyway, which "none" keeps in float32."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -79,16 +58,12 @@ class Layers(Stack):
     """Layers of a language model, run by a scan."""
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None, remat: str, unroll: int) -> jax.Array:
-        graph, states = nnx.split(self.layers)
-
-        def group(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            for layer in nnx.merge(graph, state):
+        def group(x: jax.Array, layers: nnx.List, _: None) -> jax.Array:
+            for layer in layers:
                 x = layer(x, segment_ids)
-            return x, None
+            return x
 
-        if REMAT[remat] is not None:
-            group = jax.checkpoint(group, policy=REMAT[remat], prevent_cse=False)
-        return jax.lax.scan(group, x, states, unroll=min(unroll, self.repeats))[0]
+        return self.loop(group, x, None, remat, unroll)
 
     def prefill(self, x: jax.Array, length: int) -> tuple[jax.Array, list[Cache]]:
         """As `Block.prefill`, with a cache for each layer, in their order."""
@@ -123,7 +98,7 @@ class CausalLanguageModel(nnx.Module):
       positions: rows of a learned position embedding; None is no such embedding.
       dropout: of the embedded tokens in training.
       dtype: of the computation, "float32" or "bfloat16"; parameters have their own.
-      remat: a key of `REMAT`.
+      remat: a key of `models.stack.REMAT`.
       unroll: repetitions of the pattern that a turn of the loop over layers holds. With all of them nothing is copied
         into and out of the loop's stacks, and compilation takes as many times longer.
     """

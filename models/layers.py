@@ -21,7 +21,7 @@ ACTIVATION = "activation"
 
 
 def kept(x: jax.Array) -> jax.Array:
-    """Marks what the backward pass may keep where it does not keep everything; see `models.language_model.REMAT`."""
+    """Marks what the backward pass may keep where it does not keep everything; see `models.stack.REMAT`."""
     return checkpoint_name(x, ACTIVATION)
 
 

@@ -6,6 +6,29 @@ from typing import Any
 import jax
 from flax import nnx
 
+from models.layers import ACTIVATION
+
+_KERNELS = ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd")
+
+
+def _products_and_kernels(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    if primitive.name.startswith(_KERNELS):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+
+
+_named = jax.checkpoint_policies.save_only_these_names(ACTIVATION)
+
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": _products_and_kernels,
+    "activations": jax.checkpoint_policies.save_from_both_policies(_products_and_kernels, _named),
+}
+"""What the backward pass keeps of a layer: everything; only its input; or also products with weights and what fused
+kernels return, so that only elementwise operations are done twice; or also those activations, in 16 bits, that are
+written to memory anyway, which "none" keeps in float32."""
+
 
 class Stack(nnx.Module):
     """A group of layers repeated, with the parameters of all repetitions stacked, so that a scan can run over them.
@@ -24,6 +47,28 @@ class Stack(nnx.Module):
         graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
         states = jax.vmap(lambda key: nnx.state(make(key)))(jax.random.split(rngs.params(), repeats))
         self.layers = nnx.merge(graph, states)
+
+    def loop(
+        self, group: Callable[[jax.Array, nnx.List, Any], jax.Array], x: jax.Array, slots: Any, remat: str, unroll: int
+    ) -> jax.Array:
+        """`x` after all repetitions.
+
+        Args:
+          group: what one repetition makes of `x`, its layers and its slot.
+          x: what goes in.
+          slots: a tree of arrays [repeats, ...], a slot for each repetition.
+          remat: a key of `REMAT`.
+          unroll: repetitions that a turn of the loop holds.
+        """
+        graph, states = nnx.split(self.layers)
+
+        def turn(x: jax.Array, one: tuple[nnx.State, Any]) -> tuple[jax.Array, None]:
+            state, slot = one
+            return group(x, nnx.merge(graph, state), slot), None
+
+        if REMAT[remat] is not None:
+            turn = jax.checkpoint(turn, policy=REMAT[remat], prevent_cse=False)
+        return jax.lax.scan(turn, x, (states, slots), unroll=min(unroll, self.repeats))[0]
 
     def unstacked(self) -> list[nnx.Module]:
         """All layers one after the other, each with its own parameters."""

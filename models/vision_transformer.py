@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.language_model import REMAT
-from models.stack import Stack, runs
+from models.layers import choose
+from models.stack import REMAT, Stack, runs
 from training.config import build
-from training.errors import UserError, nearest
+from training.errors import UserError
 
 # timm's truncation at two is a hundred standard deviations away, so that its "truncated" normal is a normal.
 INIT = nnx.initializers.normal(0.02)
@@ -75,18 +75,14 @@ class Blocks(Stack):
 
     def __call__(self, x: jax.Array, drops: Drop | None, remat: str, unroll: int) -> jax.Array:
         """As `Block`; `drops` has an entry for each block."""
-        graph, states = nnx.split(self.layers)
         drops = jax.tree.map(lambda leaf: leaf.reshape(self.repeats, -1), drops)
 
-        def group(x: jax.Array, slot: tuple[nnx.State, Drop | None]) -> tuple[jax.Array, None]:
-            state, drops = slot
-            for i, block in enumerate(nnx.merge(graph, state)):
+        def group(x: jax.Array, blocks: nnx.List, drops: Drop | None) -> jax.Array:
+            for i, block in enumerate(blocks):
                 x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], drops))
-            return x, None
+            return x
 
-        if REMAT[remat] is not None:
-            group = jax.checkpoint(group, policy=REMAT[remat], prevent_cse=False)
-        return jax.lax.scan(group, x, (states, drops), unroll=min(unroll, self.repeats))[0]
+        return self.loop(group, x, drops, remat, unroll)
 
 
 class VisionTransformer(nnx.Module):
@@ -110,7 +106,7 @@ class VisionTransformer(nnx.Module):
       position_embedding: whether a learned table is added to the tokens.
       pool: "mean" over all tokens, the class token included, or "class", the class token alone.
       drop_path: probability that the last block's branches are dropped; it grows linearly from zero in the first.
-      remat: a key of `models.language_model.REMAT`, what the backward pass keeps of a block.
+      remat: a key of `models.stack.REMAT`, what the backward pass keeps of a block.
       unroll: repetitions that a turn of the loop over blocks holds. With all of them nothing is copied into and out of
         the loop's stacks, and compilation takes as many times longer.
     """
@@ -140,8 +136,7 @@ class VisionTransformer(nnx.Module):
                 f"an image of {image_size} pixels does not split into patches of {patch}; "
                 f"use image_size={below or patch} or {below + patch}, or another patch"
             )
-        if remat not in REMAT:
-            raise UserError(f"remat={remat!r} does not exist: {nearest(remat, REMAT)}")
+        choose(REMAT, remat, "remat")
         if pool not in ("mean", "class"):
             raise UserError(f"pool={pool!r}: choose from mean, class")
         side = image_size // patch

@@ -84,29 +84,31 @@ class Context:
     def train(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> Run:
         """Trains `config` (a file with an optional argument) in the folder `name`, or resumes, or reads the result."""
         resolved = override(load(config), overrides or {})
-        workdir = self._workdir / self.scale / name
-        if self._finished_only and loop.read_finished(workdir) is None:
+        workdir = self._folder(name)
+        if self.leaves_out(name):
             raise UserError(f"the training {workdir} is not finished; leave --finished_only away")
         self.runs[name] = Run(resolved, workdir, loop.train(resolved, workdir))
         return self.runs[name]
 
     def leaves_out(self, name: str) -> bool:
         """Whether the training `name` is not finished and only finished ones count: its cells stay empty."""
-        return self._finished_only and loop.read_finished(self._workdir / self.scale / name) is None
+        return self._finished_only and loop.read_finished(self._folder(name)) is None
 
     def metrics(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The last metrics of such a training; of a finished one the model is not loaded.
 
         None where the training is not finished and only finished ones count.
         """
-        resolved = override(load(config), overrides or {})
-        workdir = self._workdir / self.scale / name
-        finished = loop.read_finished(workdir)
-        if self._finished_only and finished is None:
+        if self.leaves_out(name):
             return None
+        resolved, workdir = override(load(config), overrides or {}), self._folder(name)
+        finished = loop.read_finished(workdir)
         loop.claim_workdir(workdir, resolved)
         self.runs[name] = Run(resolved, workdir, None)
         return loop.train(resolved, workdir).metrics if finished is None else finished["metrics"]
+
+    def _folder(self, name: str) -> Path:
+        return self._workdir / self.scale / name
 
 
 def reproduce(

@@ -396,17 +396,21 @@ def _rows_transformers(values: Values) -> list[Row]:
             at = [COUNTS.index(count) for count in (1, 5, 10, 20)]
             accuracy = np.array(cell["accuracy"])[at]
             text = "; ".join(f"{np.mean(a):.3f} ({np.min(a):.3f} to {np.max(a):.3f})" for a in accuracy)
-            lost = np.max(cell["nonfinite"])
             rows.append(
                 Row(
                     f"{name}, L = {cell['layers']}: excess (median over prompts); accuracy at N = 1, 5, 10, 20",
                     "rises with L",
-                    f"{np.mean(cell['excess']):.5f} ({np.mean(cell['median']):.5f}); {text}"
-                    + (f"; {lost:.2g} not finite at most" if lost else ""),
+                    f"{np.mean(cell['excess']):.5f} ({np.mean(cell['median']):.5f}); {text}" + _lost(cell),
                 )
             )
         rows.append(_depth_trend(values["scale"], name, group))
     return rows
+
+
+def _lost(cell: Values) -> str:
+    """The largest share of answers that are not finite, where there are any."""
+    lost = np.max(cell["nonfinite"])
+    return f"; {lost:.2g} not finite at most" if lost else ""
 
 
 def _depth_trend(scale: str, name: str, group: Sequence[Values]) -> Row:
@@ -471,14 +475,14 @@ def _rows_figure4(values: Values) -> list[Row]:
     rows = []
     for cell in values["cells"]:
         ceiling = values["ceilings"][str(cell["spread"])]
-        accuracy, lost = np.array(cell["accuracy"]), np.max(cell["nonfinite"])
+        accuracy = np.array(cell["accuracy"])
         margin = np.array([point["mean"] + 0.002 + 4 * point["error"] for point in ceiling])
         name = f"{_spread_name(cell['spread'])}, {'varied' if cell['varied'] else 'fixed'} length, L = {cell['layers']}"
         rows.append(
             Row(
                 f"{name}: clean accuracy with {', '.join(map(str, values['lengths']))} examples",
                 "about 1.000 for L >= 5",
-                numbers(accuracy.mean(1), 4) + (f"; {lost:.2g} not finite at most" if lost else ""),
+                numbers(accuracy.mean(1), 4) + _lost(cell),
                 f"below the Bayes ceiling {numbers([p['mean'] for p in ceiling], 4)} + 0.002 + 4 standard errors",
                 bool(np.all(accuracy.max(1) <= margin)),
             )

@@ -51,9 +51,13 @@ def _depths(context: Context) -> tuple[int, ...]:
 
 
 def _grid(context: Context, form: str, layers: int, optimizer: str = "adam") -> Run:
-    name = "grid" if optimizer == "adam" else optimizer
     config = config_file(CONFIGS, "grid", context, form=form, layers=layers, optimizer=optimizer)
-    return context.train(f"{name}/form={form},layers={layers}", config)
+    return context.train(_grid_name(form, layers, optimizer), config)
+
+
+def _grid_name(form: str, layers: int, optimizer: str = "adam") -> str:
+    folder = "grid" if optimizer == "adam" else optimizer
+    return f"{folder}/form={form},layers={layers}"
 
 
 def _models(run: Run) -> dict[str, tuple[list[nnx.Module], int]]:
@@ -521,7 +525,7 @@ def _run_figure7(context: Context) -> Values:
     panels = []
     for layers in depths:
         for form in FORMS:
-            if context.leaves_out(f"grid/form={form},layers={layers}"):
+            if context.leaves_out(_grid_name(form, layers)):
                 continue
             models, _ = _models(_grid(context, form, layers))["uniform:5"]
             found = measure.profile(models, sigmas, _by_scale(context, 4000, 20_000), range(layers + 1))

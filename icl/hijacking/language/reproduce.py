@@ -28,10 +28,10 @@ Values = dict[str, Any]
 def _run_facts(context: Context) -> Values:
     cells = []
     for layers in (1, 2) if context.scale == "cpu" else (1, 2, 4, 8):
-        config = config_file(CONFIGS, "facts", context, layers=layers)
-        if context.leaves_out(f"facts/layers={layers}"):
+        name = f"facts/layers={layers}"
+        if context.leaves_out(name):
             continue
-        run = context.train(f"facts/layers={layers}", config)
+        run = context.train(name, config_file(CONFIGS, "facts", context, layers=layers))
         facts, corpora = make_program(run.config).task().facts, run.config.task.corpora
         chosen = np.array([int(values["task.corpus"]) for _, values in replica_points(run.config)])
         asked = [
