@@ -230,8 +230,8 @@ ENTRIES = {
             "cpu": f"2 pairs in 16 tokens, two models: {_RUNS}",
             "gpu": "four fifths of the training examples have 4, 8, 16 or 32 pairs, without which size 64 learned "
             "nothing in 6 epochs; at most 12 epochs instead of 64, the cosine ends there; three learning rates at size "
-            "128, of which the best is the only one at greater sizes; at size 64 6 epochs, two learning rates, one "
-            "head for every model but Mamba-2, and up to three seeds; Mamba-2 with a state of 16 instead of Mamba; "
+            "128, of which the best is the only one at other sizes; at size 64 at most 32 epochs, one head for every "
+            "model but Mamba-2, and up to three seeds; Mamba-2 with a state of 16 instead of Mamba; "
             "linear attention and softmax attention besides",
             "paper": "Mamba-2 with a state of 16 instead of Mamba; two heads for all but softmax attention, which the "
             "paper does not state; the learning rate falls with every step, not every epoch",
