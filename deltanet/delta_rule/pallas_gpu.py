@@ -711,10 +711,10 @@ def _reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
 # Kernel 4: the gradients of a chunk.
 
 _PIECE = 64  # key columns of a warpgroup
-# Numbers per token that a warpgroup adds up over its key columns: the gradient of beta; of the cumulative log-decay, in
-# a part along rows and one along columns; what the tokens' decay to the end of the chunk contributes to its last entry;
-# and, per key column instead of per token, the product of the state and its gradient.
-_PARTS = 5
+# Numbers per token that a warpgroup adds up over its key columns: the gradient of beta; of the cumulative log-decay;
+# what the token's decay to the end of the chunk contributes to its last entry; and, per key column instead of per
+# token, the product of the state and its gradient.
+_PARTS = 4
 
 
 class _Work(NamedTuple):
@@ -763,7 +763,7 @@ def _work(layout: Layout) -> _Work:
 
 
 def _gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout):
-    """dQ, dK, dV like the arguments, and the parts of the numbers per token, [pieces, 1 or 5, batch, heads, time]."""
+    """dQ, dK, dV like the arguments, and the parts of the numbers per token, [pieces, 1 or 4, batch, heads, time]."""
     work = _work(layout)
     parts = _PARTS if layout.gated else 1
     width = work.pieces * _PIECE  # key columns of an item
@@ -908,7 +908,8 @@ def _treat_item(at, turn, stream, piece, outputs, memory, layout: Layout, work: 
     own_keys = pl.ds(piece * _PIECE, _PIECE)
     q_t, k_t, rows_t, parts_t = (memory[name].at[w] for name in ("q_s", "k_s", "rows_s", "parts_s"))
     d_t, y_t = (parts_of(memory["d_and_y_s"].at[own, which + zero]) for which in range(2))
-    beta_y_t = memory["beta_y_s"].at[own] if work.pieces > 1 else d_t[1]
+    # With one piece in the place of D, as far as that is spent; both parts where the log-decay's gradient needs them.
+    beta_y = (memory["beta_y_s"].at[own],) if work.pieces > 1 else d_t[::-1][: 1 + layout.gated]
     square = (CHUNK, CHUNK)
 
     def over_values(from_state, prediction, to_state, *squares):
@@ -926,7 +927,7 @@ def _treat_item(at, turn, stream, piece, outputs, memory, layout: Layout, work: 
                 issue(accumulator, *((outer_t, transposed(x)) for x in n_t))
             issue(from_state, (d_output_t, transposed(before_t)))
             issue(prediction, (r_t, transposed(before_t)))
-            issue(to_state, (n_t[0], transposed(after_t)))
+            issue(to_state, *((x, transposed(after_t)) for x in n_t[: 1 + layout.gated]))
             if layout.gated:
                 kept += (load(before_t) * load(after_t)).sum(axis=1)
 
@@ -969,7 +970,7 @@ def _treat_item(at, turn, stream, piece, outputs, memory, layout: Layout, work: 
 
         @pl.when(piece == 1)
         def _():
-            beta_y_t[...] = scale_rows(x, beta).astype(_BF16)
+            beta_y[0][...] = scale_rows(x, beta).astype(_BF16)
 
     else:
         _, y = (make(which, summed) for which, summed in enumerate(squares))
@@ -978,19 +979,12 @@ def _treat_item(at, turn, stream, piece, outputs, memory, layout: Layout, work: 
         plgpu.barrier_arrive(memory["made"].at[stream])
         plgpu.barrier_wait(memory["made"].at[stream])
     if layout.gated:
-        # The scores and M of these key columns alone: what is made of them is summed over the pieces.
-        both = product((q_t, transposed(k_t))) * (load(d_t[0]) + load(d_t[1]))
-        both += product((k_t, transposed(k_t))) * scale_rows(load(y_t[0]) + load(y_t[1]), beta)
         entry, leave = _entry(rows_t, layout), _exit(rows_t, layout)
-        leaving = leave * (to_state * load(k_t)).sum(axis=1)
-        through = (from_state * load(q_t)).sum(axis=1) * layout.scale
-        through -= beta * (prediction * load(k_t)).sum(axis=1)
-        parts_t.at[1][...] = both.sum(axis=1) - leaving + entry * through
-        parts_t.at[2][...] = -both.sum(axis=0)
-        parts_t.at[3][...] = leaving
-        parts_t.at[4][...] = kept
         from_state, prediction = scale_rows(from_state, entry), scale_rows(prediction, entry)
         to_state = scale_rows(to_state, leave)
+        predicted = beta * (prediction * load(k_t)).sum(axis=1)
+        parts_t.at[2][...] = (to_state * load(k_t)).sum(axis=1)
+        parts_t.at[3][...] = kept
 
     def over_tokens(d_queries, through_keys, d_keys):
         d_queries = Sum(d_queries, layout.scale * from_state, layout.interpret)
@@ -999,18 +993,32 @@ def _treat_item(at, turn, stream, piece, outputs, memory, layout: Layout, work: 
         d_keys = Sum(d_keys, to_state, layout.interpret)
         through_keys.issue(*((x, k_t) for x in y_t))
         d_queries.issue(*((x, k_t) for x in d_t))
-        d_keys.issue((transposed(d_t[0]), q_t))
+        # The gradient of the log-decay needs the same D here as in dQ.
+        writes = [(transposed(x), q_t) for x in d_t[: 1 + layout.gated]]
+        scaled = [(transposed(x), k_t) for x in beta_y]
         if work.pieces > 1:
-            d_keys.issue((transposed(beta_y_t), k_t))
-        through = through_keys.load(3 + (work.pieces > 1))
+            writes += scaled
+        d_keys.issue(*writes)
+        through = through_keys.load(len(d_t) + len(writes))
         summed = (through * load(k_t)).sum(axis=1)
-        d_q = d_queries.load(1 + (work.pieces > 1))
-        if work.pieces == 1:  # there is no room for beta Y before
+        d_q = d_queries.load(len(writes) if len(beta_y) == 1 else 0)
+        if work.pieces == 1:
             plgpu.commit_smem()
-            beta_y_t[...] = scale_rows(y, beta).astype(_BF16)
+            if len(beta_y) == 1:
+                beta_y[0][...] = scale_rows(y, beta).astype(_BF16)
+            else:
+                store_split(beta_y, scale_rows(y, beta))
             plgpu.commit_smem()
-            d_keys.issue((transposed(beta_y_t), k_t))
-        return d_q, d_keys.load(0) + scale_rows(through, beta), summed
+            d_keys.issue(*scaled)
+        d_k = d_keys.load(0)
+        if layout.gated:
+            # What each token reads less what it writes. Between the tokens of the chunk most of it cancels, so that
+            # both sums have the same rounded numbers in them. (Sums over the rows and the columns of these products
+            # would need memory that the warpgroups share.)
+            inside = (product(*((x, k_t) for x in beta_y)) * load(k_t)).sum(axis=1)
+            reads = (d_q * load(q_t)).sum(axis=1) + inside - predicted
+            parts_t.at[1][...] = reads - (d_k * load(k_t)).sum(axis=1)
+        return d_q, d_k + scale_rows(through, beta), summed
 
     d_q, d_k, through = scoped(over_tokens, *((CHUNK, _PIECE),) * 3)
     plgpu.commit_smem()
@@ -1098,12 +1106,12 @@ def _d_log_decay(parts: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array
     def in_chunks(x):
         return x.reshape(*x.shape[:-1], layout.chunks, CHUNK)
 
-    column, row, leaving = (in_chunks(parts[:, part].sum(0)) for part in (1, 2, 3))
+    own, leaving = (in_chunks(parts[:, part].sum(0)) for part in (1, 2))
     whole = jnp.exp(in_chunks(rows[1])[..., -1])
     if layout.packed:
         whole = jnp.where(in_chunks(rows[2])[..., -1] == 0, whole, 0)
-    at_end = leaving.sum(-1) + whole * in_chunks(parts[:, 4]).sum((0, -1))
-    d_log_decay = (column + row).at[..., -1].add(at_end)
+    at_end = leaving.sum(-1) + whole * in_chunks(parts[:, 3]).sum((0, -1))
+    d_log_decay = own.at[..., -1].add(at_end)
     return jnp.swapaxes(d_chunk_log_decay(d_log_decay).reshape(rows.shape[1:]), 1, 2)
 
 
