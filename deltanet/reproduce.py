@@ -85,7 +85,7 @@ def _speedups(found: Values) -> list[float]:
 
 
 def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
+    return ", ".join(str(value) if isinstance(value, int) else f"{value:.3g}" for value in values)
 
 
 def _rows(values: Values) -> list[Row]:

@@ -8,7 +8,6 @@ bfloat16. Nothing is augmented.
 
 import contextlib
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import statistics
@@ -29,6 +28,8 @@ PATCH = 16
 CLASSES = 1000
 SCORES = 2**36
 """Bytes of scores that are tried; the search for the fastest product alone needs several times as many."""
+UNTIMED = "not timed"
+"""What is said of a case that is only compiled."""
 UNMEASURED = "not measured"
 """What is said of a case before which the measurements were interrupted."""
 
@@ -98,6 +99,11 @@ class Measured:
     seconds_to_compile: float | None = None
     failure: str = ""
 
+    @property
+    def unexpected(self) -> bool:
+        """Whether it failed, and not because it was not tried."""
+        return self.failure not in ("", UNTIMED) and self.case.scores <= SCORES
+
     def summary(self) -> str:
         """One line."""
         case = self.case
@@ -121,22 +127,28 @@ def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_
     Args:
       cases: what to measure.
       repeats: runs of each, at most.
-      workers: processes that compile side by side; they are timed one after another when all have done so. With one,
-        there is no other process than this.
+      workers: processes that compile side by side; they are timed one after another when all have done so, and what
+        failed is tried once more alone. With one, there is no other process than this.
       seconds_a_case: after which no further run is begun.
     """
-    results = []
-    waves = (
-        _wave(cases[first : first + workers], repeats, seconds_a_case, processes=workers > 1)
-        for first in range(0, len(cases), workers)
-    )
+    results: dict[int, Measured] = {}
+
+    def run(wave: Sequence[int]) -> None:
+        measured = _wave([cases[place] for place in wave], repeats, seconds_a_case, processes=workers > 1)
+        for place, one in zip(wave, measured, strict=True):
+            results[place] = one
+            print(f"   {place + 1} of {len(cases)}: {one.summary()}", flush=True)
+
+    places = range(len(cases))
     try:
-        for one in itertools.chain.from_iterable(waves):
-            results.append(one)
-            print(f"   {len(results)} of {len(cases)}: {one.summary()}", flush=True)
+        for first in places[::workers]:
+            run(places[first : first + workers])
+        for place in places if workers > 1 else ():
+            if results[place].unexpected:  # perhaps the others held the memory
+                run([place])
     except KeyboardInterrupt:
         print(f"   interrupted: {len(cases) - len(results)} of {len(cases)} are not measured", flush=True)
-    return results + [Measured(case, failure=UNMEASURED) for case in cases[len(results) :]]
+    return [results.get(place, Measured(case, failure=UNMEASURED)) for place, case in enumerate(cases)]
 
 
 def _wave(cases: Sequence[Case], repeats: int, seconds: float, processes: bool) -> Iterator[Measured]:
@@ -194,7 +206,7 @@ def measure(program: Program, repeats: int, seconds: float) -> Measured:
     """Median time of a run, with the first left out; what does not fit into the memory is reported as that."""
     result = Measured(program.case, None, program.gigabytes, program.seconds_to_compile)
     if not program.case.timed:
-        result.failure = "not timed"
+        result.failure = UNTIMED
         return result
     times = []
     try:

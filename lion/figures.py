@@ -13,6 +13,8 @@ def dots(
 ) -> None:
     """A panel for each measurement, a line for each arm, a dot for each seed and a bar at their mean.
 
+    What is below half of a panel's median is written at the edge in place of a dot, and such an arm has no mean.
+
     Args:
       titles: of the arms, from top to bottom.
       panels: title of the panel -> arm -> values; an arm that was not measured stays empty.
@@ -23,9 +25,15 @@ def dots(
     figure, axes = plotting.figure(len(panels), width=width, height=0.9 + 0.26 * len(titles), sharey=True)
     places = {arm: -place for place, arm in enumerate(titles)}
     for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
+        edge = np.median([x for found in values.values() for x in found]) / 2 if values else 0
         for arm, found in values.items():
-            axis.plot(found, [places[arm]] * len(found), "o", ms=3, alpha=0.6, color="tab:blue")
-            axis.plot(np.mean(found), places[arm], "|", ms=12, mew=2, color="black")
+            shown, far = ([x for x in found if (x >= edge) == near] for near in (True, False))
+            axis.plot(shown, [places[arm]] * len(shown), "o", ms=3, alpha=0.6, color="tab:blue")
+            if far:
+                text = "\u2190 " + ", ".join(f"{x:.3g}" for x in far)
+                axis.text(0.02, places[arm], text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+            else:
+                axis.plot(np.mean(found), places[arm], "|", ms=12, mew=2, color="black")
         axis.set(title=name, xlabel=label, yticks=list(places.values()), yticklabels=list(titles.values()))
         axis.set_ylim(0.6 - len(titles), 0.6)  # also where the last arms were not measured
         axis.grid(axis="y", alpha=0.3)

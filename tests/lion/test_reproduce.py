@@ -175,6 +175,23 @@ def test_measurements_in_processes_of_their_own():
     assert measured[1].failure == "its process ended"
 
 
+def test_what_failed_beside_others_is_tried_once_more_alone(monkeypatch):
+    waves = []
+
+    def wave(cases, repeats, seconds, processes):
+        waves.append([case.name for case in cases])
+        crowded = len(cases) > 1
+        for case in cases:
+            fails = case.name == "never" or (case.name == "large" and crowded)
+            yield Measured(case, None if fails else 1.0, failure="out of memory" if fails else "")
+
+    monkeypatch.setattr(benchmarks, "_wave", wave)
+    cases = [Case(name, "lion_s", "Ti", 32, 2, training=False) for name in ("small", "large", "never")]
+    measured = run_cases(cases, repeats=1, workers=3)
+    assert waves == [["small", "large", "never"], ["large"], ["never"]]
+    assert [one.milliseconds for one in measured] == [1.0, 1.0, None]
+
+
 def test_a_loop_over_the_blocks_changes_nothing():
     case = Case("", "lion_s", "Ti", 32, 2, training=False, depth=2)
     parts, whole = _Parts(case), _Parts(Case("", "lion_s", "Ti", 32, 2, training=False, depth=2, loop=False))
