@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from deltanet.delta_rule import api, pallas_gpu, pallas_tpu
+from deltanet.delta_rule.hopper import layout
 from tests.deltanet.delta_rule.cases import Case, check
 
 GPU_CASES = "the GPU kernels need JAX 0.11"
@@ -79,7 +80,7 @@ def test_matches_the_oracle(name, case, monkeypatch):
 )
 def test_gpu_kernels_interpreted(case, monkeypatch, capsys):
     # One multiprocessor, so that a block has more than one item.
-    monkeypatch.setattr(pallas_gpu, "_MULTIPROCESSORS", 1)
+    monkeypatch.setattr(layout, "MULTIPROCESSORS", 1)
     _check_interpreted(case, monkeypatch, capsys)
 
 
