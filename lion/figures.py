@@ -61,6 +61,9 @@ def curves(
             style = {"marker": "o", "ms": 3, "lw": 1.2, "color": colors(names.index(name) % 20)}
             axis.plot(list(points), list(points.values()), label=name, **style)
         axis.set(title=title, xlabel=x_label, ylabel=y_labels[title], xscale="log", yscale="log")
+        measured = sorted({x for points in lines.values() for x in points})
+        axis.set_xticks(measured, [f"{x:g}" for x in measured])
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3, which="both")
     axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     plotting.save(figure, path)

@@ -123,7 +123,7 @@ def _draw(values: Values, path: Path) -> None:
         for place, name in enumerate(names):
             seeds = values["rows"][name]["measures"][measure]
             axis.plot(seeds, [place] * len(seeds), "o", ms=4, color=f"C{place}")
-        axis.set(title=MEASURES[measure][1], yticks=range(len(names)))
+        axis.set(title=MEASURES[measure][1].replace(", ", "\n"), yticks=range(len(names)))
         axis.set_yticklabels([TITLES[name].title for name in names] if i == 0 else [])
         axis.title.set_fontsize(9)
         axis.invert_yaxis()
