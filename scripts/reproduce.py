@@ -59,9 +59,12 @@ def _status(path: Path) -> str:
     record = json.loads(path.read_text())
     judged = [row["passed"] for row in record["rows"] if row["passed"] is not None]
     trainings = record["trainings"].values()
-    cost = format_seconds(sum(training["seconds"] for training in trainings))
-    devices = ", ".join(sorted({training["device"] for training in trainings}))
-    return f"{sum(judged)} of {len(judged)} criteria met; {cost} of training on {devices}; {path}"
+    if trainings:
+        devices = ", ".join(sorted({training["device"] for training in trainings}))
+        cost = f"{format_seconds(sum(training['seconds'] for training in trainings))} of training on {devices}"
+    else:
+        cost = f"{format_seconds(record['seconds'])} on {record['device']}"
+    return f"{sum(judged)} of {len(judged)} criteria met; {cost}; {path}"
 
 
 def main() -> None:

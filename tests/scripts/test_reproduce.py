@@ -21,9 +21,12 @@ def test_list_names_entries_scales_and_results(tmp_path):
     rows = [{"passed": True}, {"passed": False}, {"passed": None}]
     record = {"rows": rows, "trainings": {"t": {"seconds": 70.0, "device": "1 x Abacus"}}}
     (folder / "figure1.cpu.json").write_text(json.dumps(record))
+    measured = {"rows": rows, "trainings": {}, "seconds": 5.0, "device": "1 x Abacus"}
+    (folder / "figure1.gpu.json").write_text(json.dumps(measured))
     listed = call("--list", f"--results={tmp_path}").stdout
     assert "icl/preconditioned_gd/figure1\n    Figure 1" in listed
     assert "1 of 2 criteria met; 1m10s of training on 1 x Abacus" in listed
+    assert "1 of 2 criteria met; 5s on 1 x Abacus" in listed
     assert "no result yet" in listed
 
 
