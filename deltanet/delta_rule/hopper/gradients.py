@@ -12,7 +12,7 @@ if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, 
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltanet.delta_rule.hopper import decay
-from deltanet.delta_rule.hopper.layout import BF16, CHUNK, COLUMNS, F32, Layout, kernel
+from deltanet.delta_rule.hopper.layout import BF16, CHUNK, COLUMNS, F32, Layout, in_roles, kernel
 from models.kernels.mosaic_gpu import (
     Sum,
     along_rows,
@@ -99,16 +99,7 @@ def gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout)
             zero = lax.div(item + lax.axis_index("warpgroup"), jnp.int32(work.items + work.warpgroups))
             return (b, h, n, unit, zero), item < work.items
 
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == work.warpgroups)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-            _copy_items(inputs, memory, place, layout, work)
-
-        @pl.when(warpgroup < work.warpgroups)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
+        def compute(warpgroup):
             stream, piece = (0, warpgroup) if work.pieces > 1 else (warpgroup, 0)
 
             @pl.loop(0, work.turns)
@@ -119,6 +110,8 @@ def gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout)
             if work.pieces > 1:
                 pl.when(place(stream, jnp.int32(0))[1])(lambda: plgpu.barrier_wait(memory["spent"].at[stream]))
             plgpu.wait_smem_to_gmem(0)
+
+        in_roles(work.warpgroups, lambda: _copy_items(inputs, memory, place, layout, work), compute)
 
     shapes = [jax.ShapeDtypeStruct(x.shape, BF16) for x in (q, k, v)]
     parts_shape = (layout.dim // _PIECE, parts, layout.batch, layout.heads, layout.time)
@@ -159,7 +152,7 @@ def gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout: Layout)
 
 
 def _copy_items(inputs, memory, place, layout: Layout, work: _Work) -> None:
-    """The copying warpgroup of `_gradients`."""
+    """The copying warpgroup of `gradients`."""
     q_ref, k_ref, v_ref, d_output_ref, pseudo_ref, r_ref, before_ref, after_ref, rows_ref = inputs
     width = work.pieces * _PIECE
 

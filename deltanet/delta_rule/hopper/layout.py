@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `pallas_gpu.refusal` says so
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from models.kernels import mosaic_gpu as mgpu
 
@@ -63,3 +69,18 @@ class Layout(NamedTuple):
 def kernel(body: Callable, name: str, layout: Layout, **options: Any) -> Callable:
     """A kernel of this op; `options` are those of `plgpu.kernel`."""
     return mgpu.kernel(body, f"delta_rule_{name}", layout.interpret, **options)
+
+
+def in_roles(warpgroups: int, copy: Callable[[], None], compute: Callable[[Any], None]) -> None:
+    """Splits the warpgroups of a block: the last copies, the others compute and get the registers that it leaves."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == warpgroups)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        copy()
+
+    @pl.when(warpgroup < warpgroups)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        compute(warpgroup)

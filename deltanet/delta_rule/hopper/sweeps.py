@@ -1,6 +1,6 @@
 """The chunks in order, or in reverse order, with the state or its gradient in registers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, 
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltanet.delta_rule.hopper import decay
-from deltanet.delta_rule.hopper.layout import BF16, CHUNK, F32, SHARED_MEMORY, Layout, kernel
+from deltanet.delta_rule.hopper.layout import BF16, CHUNK, F32, SHARED_MEMORY, Layout, in_roles, kernel
 from models.kernels.mosaic_gpu import (
     Sum,
     along_rows,
@@ -103,21 +103,6 @@ def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: i
         plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
 
 
-def _in_roles(layout: Layout, copy: Callable[[], None], compute: Callable[[Any], None]) -> None:
-    """Splits the warpgroups of a block: the last copies, the others compute and get the registers that it leaves."""
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup == layout.warpgroups)
-    def _():
-        plgpu.set_max_registers(40, action="decrease")
-        copy()
-
-    @pl.when(warpgroup < layout.warpgroups)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-        compute(warpgroup)
-
-
 def _sweep_options(layout: Layout) -> dict[str, Any]:
     return {
         "grid": (layout.batch, layout.heads, layout.slices),
@@ -166,10 +151,7 @@ def output(q, k, v, writers, readers, rows, state, layout: Layout):
                     prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=1)
                     y_t[...] = _right_side(slots["value_s"].at[slot, w], prediction, rows_t, layout).astype(BF16)
                     plgpu.commit_smem()
-                    after = Sum(
-                        updated, state * decay.whole(rows_t, layout) if layout.gated else state, layout.interpret
-                    )
-                    after.issue((transposed(writer_t), y_t))
+                    after = _written(updated, state, writer_t, y_t, rows_t, layout)
                     issue(inside, (reader_t, y_t))
                     new_state = after.load(1)
                     plgpu.commit_smem()
@@ -196,7 +178,7 @@ def output(q, k, v, writers, readers, rows, state, layout: Layout):
             plgpu.wait_smem_to_gmem(0)
 
         tiles = _Tiles((q_ref, k_ref, writers_ref), value_ref, (readers_ref,), rows_ref)
-        _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
+        in_roles(layout.warpgroups, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
 
     return kernel(
         body,
@@ -218,6 +200,13 @@ def _right_side(value_t: Any, prediction: jax.Array, rows: Any, layout: Layout) 
     if layout.gated:
         prediction = scale_rows(prediction, decay.entry(rows, layout))
     return scale_rows(load(value_t) - prediction, along_rows(rows.at[0]))
+
+
+def _written(updated: Any, state: jax.Array, writer_t: Any, y_t: Any, rows: Any, layout: Layout) -> Sum:
+    """Starts to add J^T Y to the decayed state."""
+    after = Sum(updated, state * decay.whole(rows, layout) if layout.gated else state, layout.interpret)
+    after.issue((transposed(writer_t), y_t))
+    return after
 
 
 def states(k, v, writers, inverse, rows, state, layout: Layout):
@@ -247,10 +236,7 @@ def states(k, v, writers, inverse, rows, state, layout: Layout):
                     prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=0)
                     y_t[...] = _right_side(slots["value_s"].at[slot, w], prediction, rows_t, layout).astype(BF16)
                     plgpu.commit_smem()
-                    after = Sum(
-                        updated, state * decay.whole(rows_t, layout) if layout.gated else state, layout.interpret
-                    )
-                    after.issue((transposed(writer_t), y_t))
+                    after = _written(updated, state, writer_t, y_t, rows_t, layout)
                     issue(found, *((s.at[slot], y_t) for s in slots["squares_s"]))
                     new_state = after.load(2)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the state and N; and the warps meet
@@ -278,7 +264,7 @@ def states(k, v, writers, inverse, rows, state, layout: Layout):
             plgpu.wait_smem_to_gmem(0)
 
         tiles = _Tiles((k_ref, writers_ref), value_ref, parts_of(inverse_ref), rows_ref)
-        _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
+        in_roles(layout.warpgroups, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=False), compute)
 
     before_shape = (*state.shape[:2], layout.chunks, *state.shape[2:])
     return kernel(
@@ -373,7 +359,7 @@ def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
             plgpu.wait_smem_to_gmem(0)
 
         tiles = _Tiles(key_refs, d_output_ref, (readers_ref,), rows_ref)
-        _in_roles(layout, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=True), compute)
+        in_roles(layout.warpgroups, lambda: _copy_chunks(tiles, slots, layout, stages, backwards=True), compute)
 
     return kernel(
         body,
