@@ -229,8 +229,8 @@ ENTRIES = {
         {
             "cpu": f"2 pairs in 16 tokens, two models: {_RUNS}",
             "gpu": "four fifths of the training examples have 4, 8, 16 or 32 pairs, at size 64 half of them 16; at "
-            "most 12 epochs instead of 64, at size 64 at most 48, and the cosine ends there; three learning rates at "
-            "sizes 64 and 128, of which the best is the only one at greater sizes; at size 64 one head for every "
+            "most 12 epochs instead of 64, at size 64 at most 36, and the cosine ends there; four learning rates at "
+            "size 64, three at 128, of which the best is the only one at greater sizes; at size 64 one head for every "
             "model but Mamba-2, and up to three seeds; Mamba-2 with a state of 16 instead of Mamba; linear attention "
             "and softmax attention besides",
             "paper": "Mamba-2 with a state of 16 instead of Mamba; two heads for all but softmax attention, which the "

@@ -51,9 +51,9 @@ class Layout(NamedTuple):
 
     @property
     def warpgroups(self) -> int:
-        """Warpgroups that compute, in a block of a sweep; with few heads, one."""
+        """Warpgroups that compute in a block of a sweep; one with few heads, or where keys leave no room for two."""
         groups = self.value_dim // COLUMNS
-        return 2 if groups > 1 and self.batch * self.heads * groups > MULTIPROCESSORS else 1
+        return 2 if groups > 1 and self.dim <= 128 and self.batch * self.heads * groups > MULTIPROCESSORS else 1
 
     @property
     def multiprocessors(self) -> int:

@@ -45,11 +45,14 @@ def _tile(layout: Layout, *shape: int) -> Any:
 
 
 def _stages(layout: Layout, keys: int, squares: int, fixed: int) -> int:
-    """Slots of the copies."""
+    """Slots of the copies, of what `fixed` bytes leave of shared memory."""
     slot = (
         2 * CHUNK * (keys * layout.dim + layout.warpgroups * layout.columns + squares * CHUNK) + 4 * layout.rows * CHUNK
     )
-    return min(_STAGES, layout.chunks, (SHARED_MEMORY - fixed) // slot)
+    fit = (SHARED_MEMORY - fixed) // slot
+    if fit < 1:
+        raise ValueError(f"shared memory has no room for a chunk's {slot} bytes beside {fixed}: {layout}")
+    return min(_STAGES, layout.chunks, fit)
 
 
 def _slots(layout: Layout, stages: int, keys: int, squares: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ ALIKE = (
 MANY = (
     Case(time=700, dim=128, value_dim=128, heads=72),
     Case(time=700, dim=64, value_dim=64, heads=72, batch=2, gated=True),
+    Case(time=200, dim=256, value_dim=256, heads=40),
 )
 
 

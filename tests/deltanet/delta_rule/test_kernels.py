@@ -1,5 +1,6 @@
 """What can be known of the kernels without their devices: that they lower, their inverses, and what they refuse."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -86,8 +87,11 @@ def test_tpu_kernels_lower(case):
 
 
 @GPU_KERNELS
-def test_gpu_kernels_lower():
-    text = lowered(pallas_gpu, FULL, "cuda")
+@pytest.mark.parametrize(
+    "case", [FULL, *(dataclasses.replace(FULL, dim=256, value_dim=256, heads=heads) for heads in (1, 40))], ids=str
+)
+def test_gpu_kernels_lower(case):
+    text = lowered(pallas_gpu, case, "cuda")
     names = ("prepare", "output", "states", "reverse", "gradients")
     assert len(re.findall("stablehlo.custom_call @mosaic_gpu", text)) == len(names)
 
