@@ -76,6 +76,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the results")
     parser.add_argument("--redraw", action="store_true", help="only draw figures and tables again, from the JSON")
     parser.add_argument("--finished_only", action="store_true", help="train nothing; unfinished cells stay empty")
+    parser.add_argument(
+        "--keep_recorded",
+        action="store_true",
+        help="train only what the result's JSON does not hold yet: goes on with a table from another machine",
+    )
     options = parser.parse_args()
     entries = find_entries()
     if options.list:
@@ -101,7 +106,15 @@ def _one(name: str, entry, options: argparse.Namespace) -> None:
         return
     begin = time.monotonic()
     print(f"== {name} at scale {options.scale}: {entry.title}", flush=True)
-    record = report.reproduce(name, entry, options.scale, options.workdir, options.results, options.finished_only)
+    record = report.reproduce(
+        name,
+        entry,
+        options.scale,
+        options.workdir,
+        options.results,
+        finished_only=options.finished_only,
+        keep_recorded=options.keep_recorded,
+    )
     for row in record["rows"]:
         mark = {True: "met", False: "NOT MET", None: ""}[row["passed"]]
         print(f"   {row['quantity']}: {row['ours']}   paper: {row['paper'] or '-'}   {row['target']} {mark}")

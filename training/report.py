@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from training import loop, metrics
-from training.config import load, override
+from training.config import differences, load, override
 from training.errors import UserError
 from training.provenance import provenance
 
@@ -56,16 +56,24 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    result: loop.Result | None  # None where only its metrics were asked for
+    result: loop.Result | None = None  # None where only its metrics were asked for
+    recorded: Mapping[str, Any] | None = None  # its `record` in an earlier result, which then counts
 
     def series(self, name: str) -> dict[str, Any]:
         """Steps and values of one metric, as arrays; see `training.metrics.read`."""
         return metrics.read(self.workdir)[name]
 
     def record(self) -> dict[str, Any]:
-        """Where the training comes from, what it took, and its config."""
+        """Where the training comes from, what it took, its config, and its last metrics."""
+        if self.recorded is not None:
+            return dict(self.recorded)
         finished = loop.read_finished(self.workdir)
-        return {"seconds": finished["wall_seconds"], **finished["provenance"], "config": self.config.to_dict()}
+        return {
+            "seconds": finished["wall_seconds"],
+            **finished["provenance"],
+            "config": self.config.to_dict(),
+            "metrics": finished["metrics"],
+        }
 
 
 class Context:
@@ -75,10 +83,19 @@ class Context:
       scale: one of the entry's.
       workdir: folder of the trainings.
       finished_only: nothing is trained; see `metrics`.
+      recorded: trainings of an earlier result by name, see `Run.record`, that count where they had the same config and
+        the workdir has none: so a table goes on from another machine's.
     """
 
-    def __init__(self, scale: str, workdir: Path, finished_only: bool = False) -> None:
+    def __init__(
+        self,
+        scale: str,
+        workdir: Path,
+        finished_only: bool = False,
+        recorded: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.scale, self._workdir, self._finished_only = scale, workdir, finished_only
+        self._recorded = recorded or {}
         self.runs: dict[str, Run] = {}
 
     def train(self, name: str, config: str, overrides: Mapping[str, Any] | None = None) -> Run:
@@ -99,12 +116,15 @@ class Context:
 
         None where the training is not finished and only finished ones count.
         """
+        resolved, workdir = override(load(config), overrides or {}), self._folder(name)
+        finished, recorded = loop.read_finished(workdir), self._recorded.get(name)
+        if finished is None and recorded is not None and not differences(json.dumps(recorded["config"]), resolved):
+            self.runs[name] = Run(resolved, workdir, recorded=recorded)
+            return recorded["metrics"]
         if self.leaves_out(name):
             return None
-        resolved, workdir = override(load(config), overrides or {}), self._folder(name)
-        finished = loop.read_finished(workdir)
         loop.claim_workdir(workdir, resolved)
-        self.runs[name] = Run(resolved, workdir, None)
+        self.runs[name] = Run(resolved, workdir)
         return loop.train(resolved, workdir).metrics if finished is None else finished["metrics"]
 
     def _folder(self, name: str) -> Path:
@@ -112,10 +132,22 @@ class Context:
 
 
 def reproduce(
-    name: str, entry: Entry, scale: str, workdir: Path, results: Path, finished_only: bool = False
+    name: str,
+    entry: Entry,
+    scale: str,
+    workdir: Path,
+    results: Path,
+    *,
+    finished_only: bool = False,
+    keep_recorded: bool = False,
 ) -> dict[str, Any]:
-    """Runs an entry and writes `<results>/<name>.<scale>.json`, `.png` and `.md`; returns what the JSON holds."""
-    context = Context(scale, workdir, finished_only)
+    """Runs an entry and writes `<results>/<name>.<scale>.json`, `.png` and `.md`; returns what the JSON holds.
+
+    With `keep_recorded`, the trainings that the JSON holds already are not run again; see `Context`.
+    """
+    path = results / f"{name}.{scale}.json"
+    recorded = json.loads(path.read_text())["trainings"] if keep_recorded and path.exists() else {}
+    context = Context(scale, workdir, finished_only, recorded)
     begin = time.monotonic()
     values = entry.run(context)
     record = {
@@ -131,7 +163,6 @@ def reproduce(
         "values": values,
         "rows": [dataclasses.asdict(row) for row in entry.rows(values)],
     }
-    path = results / f"{name}.{scale}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics.replace(path, json.dumps(record, indent=1) + "\n")
     render(entry, path)

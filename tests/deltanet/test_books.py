@@ -23,7 +23,7 @@ class Trainings:
         if row in self.missing or name in self.missing:
             return None
         config = override(load(config), overrides)
-        self.runs[name] = Run(config, None, None)
+        self.runs[name] = Run(config, None)
         losses = [
             4 + abs(values["optimizer.learning_rate"] - (2e-3 if row == "gla" else 1e-3)) + 0.01 * seed
             for seed, values in replica_points(config)
