@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     def warpgroups(self) -> int:
         """Warpgroups that compute, in a block of a sweep; with few heads, one."""
         groups = self.value_dim // COLUMNS
-        return 2 if groups > 1 and self.batch * self.heads * groups > MULTIPROCESSORS else 1
+        return 2 if groups % 2 == 0 and self.batch * self.heads * groups > MULTIPROCESSORS else 1
 
     @property
     def multiprocessors(self) -> int:
