@@ -5,6 +5,7 @@
     states     the same for the backward: the state before every chunk, and N
     reverse    the chunks in reverse order, the state's gradient dS in registers: dS of every chunk, and R = A^T dN
     gradients  every chunk by itself: dQ, dK, dV, and those of the numbers per token
+    maps       of long sequences of few heads, in segments that run side by side: what each does to a state
 
 The chains over the chunks give each head a block of their own. One warpgroup of it copies tiles from device memory
 ahead of time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of

@@ -52,7 +52,8 @@ SEGMENTED_LONG = (
 SEGMENTED_GPU = (
     *((count, Case(time=2048, dim=64, value_dim=64)) for count in (2, 4, 8)),
     *((4, Case(time=1000, dim=dim, value_dim=dim, gated=True)) for dim in (64, 128, 256)),
-    *((4, Case(time=1000, dim=128, value_dim=128, keys=keys, beta=2.0)) for keys in (0.5, 0.99, 1.0)),
+    *((4, Case(time=1000, dim=128, value_dim=128, keys=keys, beta=2.0)) for keys in (0.5, 0.9, 0.99)),
+    (4, Case(time=250, dim=64, value_dim=64, keys=1.0, beta=2.0)),
     (4, Case(time=1000, dim=128, value_dim=64, segments=(1, 127, 500, 372), gated=True, batch=2)),
     # The widest blocks, more of them than multiprocessors.
     (2, Case(time=760, dim=128, value_dim=128, heads=40, gated=True)),
