@@ -5,6 +5,7 @@
     states     the same for the backward: the state before every chunk, and N
     reverse    the chunks in reverse order, the state's gradient dS in registers: dS of every chunk, and R = A^T dN
     gradients  every chunk by itself: dQ, dK, dV, and those of the numbers per token
+    maps       of long sequences of few heads, in segments that run side by side: what each does to a state
 
 The chains over the chunks give each head a block of their own. One warpgroup of it copies tiles from device memory
 ahead of time; the others own 64 value columns of the state each and never exchange anything. The symbols are those of
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from deltanet.delta_rule.chunked import d_chunk_log_decay
-from deltanet.delta_rule.hopper import sweeps
+from deltanet.delta_rule.hopper import segments, sweeps
 from deltanet.delta_rule.hopper.gradients import gradients
 from deltanet.delta_rule.hopper.layout import BF16, CHUNK, F32, Layout
 from deltanet.delta_rule.hopper.prepare import prepare
@@ -62,12 +63,12 @@ def _rows(beta: jax.Array, g: jax.Array | None, starts: jax.Array | None) -> jax
     return jnp.stack(rows)
 
 
-def layout_of(q: jax.Array, v: jax.Array, rows: jax.Array, scale: float, interpret: Any) -> Layout:
-    """The sizes of a problem with these arguments."""
-    return Layout(*q.shape, v.shape[-1], rows.shape[0], float(scale), interpret)
+def layout_of(q: jax.Array, v: jax.Array, rows: int, scale: float, interpret: Any) -> Layout:
+    """The sizes of a problem with these arguments and so many numbers per token."""
+    return Layout(*q.shape, v.shape[-1], rows, float(scale), interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def pallas_delta_rule(
     q: jax.Array,
     k: jax.Array,
@@ -78,35 +79,50 @@ def pallas_delta_rule(
     state: jax.Array,
     scale: float,
     interpret: Any = False,
+    count: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The delta rule on a Hopper GPU; arguments and results as in `chunked_delta_rule`, in bfloat16.
 
     `time` is a multiple of `CHUNK`, head sizes are among `SIZES`. `interpret`, a `plgpu.InterpretGPUParams`, runs the
-    kernels without a GPU.
+    kernels without a GPU. `count` is of the segments that run side by side, a divisor of the number of chunks; None
+    chooses.
     """
-    return _forward(q, k, v, beta, g, starts, state, scale, interpret, keep=False)[0]
+    return _forward(q, k, v, beta, g, starts, state, scale, interpret, count, keep=False)[0]
 
 
-def _forward(q, k, v, beta, g, starts, state, scale, interpret, *, keep=True):
+def _forward(q, k, v, beta, g, starts, state, scale, interpret, count, *, keep=True):
+    whole = (q, k, v, beta, g, starts)
+    if count is None:
+        count = segments.choose(layout_of(q, v, 1, scale, interpret), backward=keep)
+    q, k, v, beta, g, starts = (segments.fold(x, count) for x in whole)
     rows = _rows(beta, g, starts)
-    layout = layout_of(q, v, rows, scale, interpret)
+    layout = layout_of(q, v, rows.shape[0], scale, interpret)
     chunk = prepare(q, k, rows, layout, keep=keep)
-    output, final = sweeps.output(q, k, v, *chunk[:2], rows, state.astype(F32), layout)
-    return (output, final.astype(state.dtype)), (q, k, v, beta, g, starts, state, chunk)
+    before, linear = segments.states_before(k, v, chunk[0], rows, state.astype(F32), layout)
+    output, after = sweeps.output(q, k, v, *chunk[:2], rows, before, layout)
+    final = after.reshape(state.shape[0], count, *state.shape[1:])[:, -1].astype(state.dtype)
+    return (output.reshape(whole[2].shape), final), (*whole, state, before, linear, chunk)
 
 
-def _backward(scale, interpret, residuals, cotangents):
-    q, k, v, beta, g, starts, state, (writers, readers, inverse) = residuals
+def _backward(scale, interpret, _, residuals, cotangents):
+    *whole, state, before, linear, (writers, readers, inverse) = residuals
+    batch, count = state.shape[0], before.shape[0] // state.shape[0]
+    q, k, v, beta, g, starts = (segments.fold(x, count) for x in whole)
     rows = _rows(beta, g, starts)
-    layout = layout_of(q, v, rows, scale, interpret)
-    d_output = cotangents[0].astype(BF16)
-    before, pseudo = sweeps.states(k, v, writers, inverse, rows, state.astype(F32), layout)
-    after, r, d_state = sweeps.reverse(q, k, d_output, writers, readers, rows, cotangents[1].astype(F32), layout)
+    layout = layout_of(q, v, rows.shape[0], scale, interpret)
+    d_output, d_final = segments.fold(cotangents[0].astype(BF16), count), cotangents[1].astype(F32)
+    before, pseudo = sweeps.states(k, v, writers, inverse, rows, before, layout)
+    chains = (q, k, d_output, writers, readers, rows)
+    d_after = segments.d_states_after(*chains, linear, d_final, layout)
+    after, r, d_before = sweeps.reverse(*chains, d_after, layout)
     d_q, d_k, d_v, parts = gradients(q, k, v, d_output, pseudo, r, before, after, rows, layout)
     d_beta = jnp.swapaxes(parts[:, 0].sum(0), 1, 2).astype(beta.dtype)
     d_g = None if g is None else _d_log_decay(parts, rows, layout).astype(g.dtype)
     d_starts = None if starts is None else jnp.zeros_like(starts)
-    return d_q, d_k, d_v, d_beta, d_g, d_starts, d_state.astype(state.dtype)
+    d_state = d_before.reshape(batch, count, *state.shape[1:])[:, 0].astype(state.dtype)
+    d_whole = (d_q, d_k, d_v, d_beta, d_g, d_starts)
+    shaped = (None if x is None else d.reshape(x.shape) for d, x in zip(d_whole, whole, strict=True))
+    return *shaped, d_state
 
 
 def _d_log_decay(parts: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:

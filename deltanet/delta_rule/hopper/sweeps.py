@@ -19,6 +19,7 @@ from models.kernels.mosaic_gpu import (
     issue,
     load,
     parts_of,
+    row_and_column,
     scale_rows,
     scoped,
     split,
@@ -68,12 +69,20 @@ def _slots(layout: Layout, stages: int, keys: int, squares: int) -> dict[str, An
     }
 
 
-def _columns(layout: Layout, warpgroup: int) -> Any:
-    """The value columns of a warpgroup."""
-    return pl.ds((lax.axis_index("slices") * layout.warpgroups + warpgroup) * layout.columns, layout.columns)
+def _first_column(layout: Layout, warpgroup: int) -> Any:
+    """Of the state's columns of a warpgroup."""
+    return (lax.axis_index("slices") * layout.warpgroups + warpgroup) * layout.columns
 
 
-def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: int, *, backwards: bool) -> None:
+def _columns(layout: Layout, warpgroup: int, skipped: int = 0) -> Any:
+    """The value columns of a warpgroup. The state may have columns before them, `skipped`; whose owner gets any."""
+    first = _first_column(layout, warpgroup)
+    return pl.ds(lax.max(first - skipped, jnp.int32(0)) if skipped else first, layout.columns)
+
+
+def _copy_chunks(
+    tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: int, *, backwards: bool, skipped: int = 0
+) -> None:
     """The copying warpgroup of a sweep: fills the slots, each as soon as all warpgroups have released it."""
     b, h = lax.axis_index("batch"), lax.axis_index("heads")
     full, empty = slots["full"], slots["empty"]
@@ -85,7 +94,7 @@ def _copy_chunks(tiles: _Tiles, slots: dict[str, Any], layout: Layout, stages: i
         squares = zip(tiles.squares, slots["squares_s"], strict=True)
         copies += [(ref.at[b, h, tokens], s.at[slot]) for ref, s in squares]
         copies += [
-            (tiles.value.at[b, tokens, h, _columns(layout, w)], slots["value_s"].at[slot, w])
+            (tiles.value.at[b, tokens, h, _columns(layout, w, skipped)], slots["value_s"].at[slot, w])
             for w in range(layout.warpgroups)
         ]
         copies += [(tiles.rows.at[row, b, h, tokens], slots["rows_s"].at[slot, row]) for row in range(layout.rows)]
@@ -198,11 +207,14 @@ def output(q, k, v, writers, readers, rows, state, layout: Layout):
     )(q, k, writers, v, readers, rows, state)
 
 
-def _right_side(value_t: Any, prediction: jax.Array, rows: Any, layout: Layout) -> jax.Array:
-    """Y, [chunk, columns], from K S."""
+def _right_side(value_t: Any, prediction: jax.Array, rows: Any, layout: Layout, there: Any = True) -> jax.Array:
+    """Y, [chunk, columns], from K S; of values zero unless they are `there`."""
     if layout.gated:
         prediction = scale_rows(prediction, decay.entry(rows, layout))
-    return scale_rows(load(value_t) - prediction, along_rows(rows.at[0]))
+    value = load(value_t)
+    if there is not True:
+        value = jnp.where(there, value, 0.0)
+    return scale_rows(value - prediction, along_rows(rows.at[0]))
 
 
 def _written(updated: Any, state: jax.Array, writer_t: Any, y_t: Any, rows: Any, layout: Layout) -> Sum:
@@ -210,6 +222,79 @@ def _written(updated: Any, state: jax.Array, writer_t: Any, y_t: Any, rows: Any,
     after = Sum(updated, state * decay.whole(rows, layout) if layout.gated else state, layout.interpret)
     after.issue((transposed(writer_t), y_t))
     return after
+
+
+def maps(k, v, writers, rows, layout: Layout):
+    """The chunks in order, from the state [I | 0] with the values [0 | V]: what they do to any state, S -> T S + b.
+
+    T is [batch, heads, dim, dim], b is [batch, heads, dim, value_dim], float32.
+    """
+    wide = layout._replace(value_dim=layout.dim + layout.value_dim)
+    wg = wide.warpgroups
+    stages = _stages(wide, 2, 0, 2 * wg * wide.columns * (layout.dim + CHUNK))
+
+    def body(*refs, state_s, y_s, **slots):
+        k_ref, writers_ref, value_ref, rows_ref, linear_ref, constant_ref = refs
+        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+
+        def compute(w):
+            state_t, y_t = state_s.at[w], y_s.at[w]
+            first = _first_column(wide, w)
+            of_values = first >= layout.dim
+
+            def step(n, state):
+                slot = lax.rem(n, jnp.int32(stages))
+                key_t, writer_t = (s.at[slot] for s in slots["keys_s"])
+                value_t, rows_t = slots["value_s"].at[slot, w], slots["rows_s"].at[slot]
+                plgpu.barrier_wait(slots["full"].at[slot])
+
+                def main(predicted, updated):
+                    issue(predicted, (key_t, state_t))
+                    prediction = plgpu.wgmma_accumulator_load(predicted, wait_n=0)
+                    y_t[...] = _right_side(value_t, prediction, rows_t, layout, of_values).astype(BF16)
+                    plgpu.commit_smem()
+                    after = _written(updated, state, writer_t, y_t, rows_t, layout).load(0)
+                    state_t[...] = after.astype(BF16)
+                    plgpu.commit_smem()
+                    return after
+
+                state = scoped(main, (CHUNK, wide.columns), (layout.dim, wide.columns))
+                plgpu.barrier_arrive(slots["empty"].at[slot])
+                return state
+
+            i, j = row_and_column((layout.dim, wide.columns))
+            initial = jnp.where(i == j + first, 1.0, 0.0)  # the columns of b are beyond every row
+            state_t[...] = initial.astype(BF16)
+            plgpu.commit_smem()
+            final = lax.fori_loop(0, layout.chunks, step, initial)
+
+            @pl.when(of_values)
+            def _():
+                constant_ref.at[b, h, :, _columns(wide, w, layout.dim)][...] = final
+
+            @pl.when(jnp.logical_not(of_values))
+            def _():
+                linear_ref.at[b, h, :, _columns(wide, w)][...] = final
+
+        def copy():
+            tiles = _Tiles((k_ref, writers_ref), value_ref, (), rows_ref)
+            _copy_chunks(tiles, slots, wide, stages, backwards=False, skipped=layout.dim)
+
+        in_roles(wg, copy, compute)
+
+    heads = (layout.batch, layout.heads, layout.dim)
+    return kernel(
+        body,
+        "maps",
+        wide,
+        out_type=tuple(jax.ShapeDtypeStruct((*heads, columns), F32) for columns in (layout.dim, layout.value_dim)),
+        scratch_types={
+            "state_s": _tile(wide, wg, layout.dim, wide.columns),
+            "y_s": _tile(wide, wg, CHUNK, wide.columns),
+            **_slots(wide, stages, 2, 0),
+        },
+        **_sweep_options(wide),
+    )(k, writers, v, rows)
 
 
 def states(k, v, writers, inverse, rows, state, layout: Layout):
@@ -285,9 +370,9 @@ def states(k, v, writers, inverse, rows, state, layout: Layout):
     )(k, writers, v, inverse, rows, state)
 
 
-def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
-    """The chunks in reverse order: the gradient of the state after each chunk, R like the values, and the gradient of
-    the initial state.
+def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout, *, keep: bool = True):
+    """The chunks in reverse order: the gradient of the state after each chunk, and R like the values, unless these are
+    not to be kept; and, last, the gradient of the initial state.
     """
     wg = layout.warpgroups
     state_shape = jax.ShapeDtypeStruct(d_final.shape, F32)
@@ -296,7 +381,7 @@ def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
     stages = _stages(layout, 3, 1, 2 * wg * layout.columns * (layout.dim + (1 + max(groups, 2)) * CHUNK))
 
     def body(*refs, d_state_s, r_s, low_s, **slots):
-        *key_refs, d_output_ref, readers_ref, rows_ref, d_final_ref, after_ref, r_ref, d_initial_ref = refs
+        (*key_refs, d_output_ref, readers_ref, rows_ref, d_final_ref), (*kept_refs, d_initial_ref) = refs[:7], refs[7:]
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         full, empty = slots["full"], slots["empty"]
 
@@ -332,7 +417,8 @@ def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
                     # Of the chunk before, the copies of R and of the state's gradient; and the warps meet.
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     d_output_t[...] = scaled.astype(BF16)
-                    r_t[...] = r.astype(BF16)
+                    if keep:
+                        r_t[...] = r.astype(BF16)
                     leaving = scale_rows(-r, along_rows(rows_t.at[0]))
                     if layout.gated:
                         leaving = scale_rows(leaving, decay.entry(rows_t, layout))
@@ -340,7 +426,8 @@ def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
                     plgpu.commit_smem()
                     before = Sum(updated, after, layout.interpret)
                     before.issue((transposed(query_t), d_output_t), *((transposed(key_t), x) for x in leaving_t))
-                    plgpu.copy_smem_to_gmem(r_t, r_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+                    if keep:
+                        plgpu.copy_smem_to_gmem(r_t, kept_refs[1].at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
                     d_new = before.load(0)
                     plgpu.commit_smem()
                     store(d_new)
@@ -348,16 +435,16 @@ def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
 
                 d_state = scoped(main, (CHUNK, layout.columns), (layout.dim, layout.columns))
 
-                @pl.when(n > 0)
-                def _():
-                    plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, n - 1, :, columns])
+                if keep:
+                    pl.when(n > 0)(lambda: plgpu.copy_smem_to_gmem(d_state_t, kept_refs[0].at[b, h, n - 1, :, columns]))
 
                 plgpu.barrier_arrive(empty.at[slot])
                 return d_state
 
             d_final = plgpu.load(d_final_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
             store(d_final)
-            plgpu.copy_smem_to_gmem(d_state_t, after_ref.at[b, h, layout.chunks - 1, :, columns])
+            if keep:
+                plgpu.copy_smem_to_gmem(d_state_t, kept_refs[0].at[b, h, layout.chunks - 1, :, columns])
             d_initial_ref.at[b, h, :, columns][...] = lax.fori_loop(0, layout.chunks, step, d_final)
             plgpu.wait_smem_to_gmem(0)
 
@@ -368,7 +455,7 @@ def reverse(q, k, d_output, writers, readers, rows, d_final, layout: Layout):
         body,
         "reverse",
         layout,
-        out_type=(after_shape, jax.ShapeDtypeStruct(d_output.shape, BF16), state_shape),
+        out_type=(*((after_shape, jax.ShapeDtypeStruct(d_output.shape, BF16)) if keep else ()), state_shape),
         scratch_types={
             "d_state_s": _tile(layout, wg, layout.dim, layout.columns),
             "r_s": _tile(layout, wg, CHUNK, layout.columns),

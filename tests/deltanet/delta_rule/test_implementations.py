@@ -40,6 +40,25 @@ MANY = (
     Case(time=700, dim=64, value_dim=64, heads=72, batch=2, gated=True),
     Case(time=200, dim=256, value_dim=256, heads=40),
 )
+# A number of segments that run side by side, and a problem of a multiple of so many chunks.
+SEGMENTED = (
+    (3, Case(time=130, dim=64, value_dim=64, heads=1, keys=1.0, beta=2.0)),
+    (2, Case(time=250, dim=64, value_dim=64, heads=1, gated=True, segments=(1, 100, 99, 50))),
+)
+SEGMENTED_LONG = (
+    (2, Case(time=194, dim=64, value_dim=128, heads=1, batch=2, gated=True)),
+    (4, Case(time=250, dim=128, value_dim=64, heads=1, keys=0.99, beta=2.0)),
+    (4, Case(time=250, dim=64, value_dim=64, heads=1, keys=0.9, beta="one", gated=True, segments=(30, 140, 80))),
+)
+SEGMENTED_GPU = (
+    *((count, Case(time=2048, dim=64, value_dim=64)) for count in (2, 4, 8)),
+    *((4, Case(time=1000, dim=dim, value_dim=dim, gated=True)) for dim in (64, 128, 256)),
+    *((4, Case(time=1000, dim=128, value_dim=128, keys=keys, beta=2.0)) for keys in (0.5, 0.9, 0.99)),
+    (4, Case(time=250, dim=64, value_dim=64, keys=1.0, beta=2.0)),
+    (4, Case(time=1000, dim=128, value_dim=64, segments=(1, 127, 500, 372), gated=True, batch=2)),
+    # The widest blocks, more of them than multiprocessors.
+    (2, Case(time=760, dim=128, value_dim=128, heads=40, gated=True)),
+)
 
 
 def _low(cases: tuple[Case, ...]) -> list[Case]:
@@ -94,6 +113,28 @@ def _check_interpreted(case, monkeypatch, capsys):
     assert "RACE" not in capsys.readouterr().out
 
 
+def _low_segmented(cases: tuple[tuple[int, Case], ...]) -> list[tuple[int, Case]]:
+    return [(count, *_low((case,))) for count, case in cases]
+
+
+def _in_segments(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(pallas_gpu, "pallas_delta_rule", partial(pallas_gpu.pallas_delta_rule, count=count))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=GPU_CASES)
+@pytest.mark.parametrize(
+    ("count", "case"),
+    [
+        *_low_segmented(SEGMENTED),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in _low_segmented(SEGMENTED_LONG)),
+    ],
+    ids=str,
+)
+def test_segmented_gpu_kernels_interpreted(count, case, monkeypatch, capsys):
+    _in_segments(monkeypatch, count)
+    _check_interpreted(case, monkeypatch, capsys)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*LONG, *ALIKE, *_low((*LONG, *ALIKE))], ids=str)
 @pytest.mark.parametrize("name", ["recurrent", "chunked", "pallas_tpu"])
@@ -117,4 +158,12 @@ def test_gpu_kernels_interpreted_on_all_sizes(case, monkeypatch, capsys):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
 @pytest.mark.parametrize("case", GPU_LONG, ids=str)
 def test_gpu_kernels_compiled(case):
+    check(partial(api.delta_rule, implementation="pallas_gpu"), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
+@pytest.mark.parametrize(("count", "case"), _low_segmented((*SEGMENTED, *SEGMENTED_LONG, *SEGMENTED_GPU)), ids=str)
+def test_segmented_gpu_kernels_compiled(count, case, monkeypatch):
+    _in_segments(monkeypatch, count)
     check(partial(api.delta_rule, implementation="pallas_gpu"), case)

@@ -11,6 +11,8 @@ import pytest
 
 from deltanet.delta_rule import pallas_gpu, pallas_tpu
 from deltanet.delta_rule.chunked import unit_lower_inverse
+from deltanet.delta_rule.hopper import segments
+from deltanet.delta_rule.hopper.layout import Layout
 from tests.deltanet.delta_rule.cases import Case, make, relative_rms
 
 GPU_KERNELS = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need JAX 0.11")
@@ -43,7 +45,7 @@ def test_gpu_prepares_a_hard_triangle():
     q, k = rng.standard_normal((1, 64, 1, 64)), rng.standard_normal((1, 64, 1, 64)) * 0.05 + np.ones(64)
     q, k = (jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.bfloat16) for x in (q, k))
     rows = jnp.asarray(rng.uniform(0, 2, (1, 1, 1, 64)), jnp.float32)
-    layout = pallas_gpu.layout_of(q, k, rows, 1e4, plgpu.InterpretGPUParams(detect_races=True))
+    layout = pallas_gpu.layout_of(q, k, 1, 1e4, plgpu.InterpretGPUParams(detect_races=True))
     j, l, split = (np.asarray(x, np.float64) for x in pallas_gpu.prepare(q, k, rows, layout, keep=True))
     q, k, beta = (np.asarray(x, np.float64) for x in (q[0, :, 0], k[0, :, 0], rows[0, 0, 0]))
     inverse = np.linalg.inv(np.eye(64) + np.tril(beta[:, None] * (k @ k.T), -1))
@@ -78,6 +80,7 @@ def lowered(kernels, case, platform):
 
 
 PLAIN = Case(time=128, dim=64, value_dim=64, dtype="bfloat16")
+LONG = Case(time=4096, dim=64, value_dim=64, heads=1, dtype="bfloat16")
 FULL = Case(time=128, dim=128, value_dim=64, dtype="bfloat16", gated=True, segments=(40, 88))
 
 
@@ -94,6 +97,28 @@ def test_gpu_kernels_lower(case):
     text = lowered(pallas_gpu, case, "cuda")
     names = ("prepare", "output", "states", "reverse", "gradients")
     assert len(re.findall("stablehlo.custom_call @mosaic_gpu", text)) == len(names)
+
+
+@GPU_KERNELS
+def test_gpu_kernels_lower_in_segments():
+    """The five, `maps` and another `reverse`."""
+    assert len(re.findall("stablehlo.custom_call @mosaic_gpu", lowered(pallas_gpu, LONG, "cuda"))) == 7
+
+
+@GPU_KERNELS
+@pytest.mark.parametrize(
+    ("shape", "counts"),
+    [
+        ((1, 16384, 16, 128, 128), (4, 4)),
+        ((8, 2048, 16, 128, 128), (1, 1)),  # they fill the GPU
+        ((1, 257 * 64, 16, 128, 128), (1, 1)),  # a prime number of chunks
+        ((1, 1024, 1, 64, 64), (1, 1)),  # too short
+    ],
+    ids=str,
+)
+def test_numbers_of_segments(shape, counts):
+    layout = Layout(*shape, rows=1, scale=1.0, interpret=False)
+    assert tuple(segments.choose(layout, backward=backward) for backward in (False, True)) == counts
 
 
 @GPU_KERNELS
