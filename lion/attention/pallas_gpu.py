@@ -49,6 +49,8 @@ from models.kernels.mosaic_gpu import along_columns, along_rows, columns_of, pro
 if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `refusal` says so
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+_WARPGROUPS = 2
+
 
 def refusal(dtype: jnp.dtype, time: int, dim: int, value_dim: int) -> str | None:
     """Why the kernels do not serve these arguments here, or None; `time` is that of a chunk."""
@@ -331,7 +333,7 @@ def _layout(q: jax.Array, before: jax.Array | None, static: Static) -> Layout:
     batch, time, heads, _ = q.shape
     scans = 0 if before is None else before.shape[2]
     shared = before is not None and before.shape[0] == 1 and batch > 1
-    return Layout(batch, time, heads, scans, static.in_order, shared, static.normalize, static.interpret)
+    return Layout(batch, time, heads, scans, static.in_order, shared, static.normalize, _WARPGROUPS, static.interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

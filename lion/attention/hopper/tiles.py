@@ -19,7 +19,6 @@ if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, 
 TIME = 256
 SIZE = 64
 TILE = 64  # the smallest number of rows of the matrix unit
-WARPGROUPS = 2
 COPY = 8  # rows of device memory that a copy moves at least
 F32, BF16 = jnp.float32, jnp.bfloat16
 SQUARE = (TILE, TILE)
@@ -35,6 +34,7 @@ class Layout(NamedTuple):
     in_order: bool  # one scan in the order of the tokens, in both directions
     shared: bool  # one decay for all of the batch
     normalize: bool
+    most_warpgroups: int  # that share the tiles
     interpret: Any
 
     @property
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
     @property
     def warpgroups(self) -> int:
-        return min(WARPGROUPS, self.tiles)
+        return min(self.most_warpgroups, self.tiles)
 
     @property
     def grid(self) -> dict[str, int]:

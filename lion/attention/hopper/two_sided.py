@@ -62,6 +62,7 @@ if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, 
 
 CHUNK = 128
 LEFT, RIGHT = SIDES = (0, 1)
+_WARPGROUPS = 1  # of a block, so that two blocks have registers on a multiprocessor: one computes, one copies
 _STAGES = 3  # tiles of a sweep that are copied or in use
 _WEIGHTS = 8  # the fewest columns of a product
 
@@ -211,6 +212,11 @@ def _by_columns(vector: Any) -> jax.Array:
     return columns_of(along_columns(vector), SQUARE)
 
 
+def _read(tile_s: Any, vector: Any) -> jax.Array:
+    """The product of a tile's rows with a vector in shared memory, float32, along rows."""
+    return (load(tile_s) * _by_columns(vector)).sum(axis=1)
+
+
 def _of_sides(array: Any, target: Any) -> list[tuple[Any, Any]]:
     """A chunk's part of an array `[sides, batch, heads, chunks, ...]`, and where to copy it."""
     b, h, n = (lax.axis_index(name) for name in ("batch", "heads", "chunks"))
@@ -223,6 +229,11 @@ def _store(x: jax.Array, tile_s: Any, target: Any) -> None:
     tile_s[...] = x.astype(BF16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile_s, target)
+
+
+def _along_rows(number: float) -> jax.Array:
+    """A vector `[TILE]` of equal numbers that lies along rows."""
+    return plgpu.layout_cast(jnp.full((TILE,), number, F32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def _inverse(row_sum: jax.Array) -> jax.Array:
@@ -255,21 +266,21 @@ def _output_kernel(
         copy_in(tuple(zip(arrays, (q_s, k_s, v_s), strict=True)), others, layout, loaded, n * layout.tiles)
 
         def run(i: Any, warpgroup: Any) -> None:
-            query_t = q_s.at[i]
+            query_t, from_states, from_sums = q_s.at[i], None, None
+            for side in SIDES:
+                factor = _query_factor(rows_s, i, side, layout)
+                from_states = plus(from_states, scale_rows(product((query_t, states_s.at[side])), factor))
+                from_sums = plus(from_sums, factor * _read(query_t, sums_s.at[side]))
 
             def main(accumulator: Any) -> tuple[jax.Array, jax.Array]:
-                row_sum = None
-                for side in SIDES:
-                    query, factor = load(query_t), _query_factor(rows_s, i, side, layout)
-                    accumulate(accumulator, scale_rows(query, factor), states_s.at[side], left_s, warpgroup)
-                    row_sum = plus(row_sum, factor * (query * _by_columns(sums_s.at[side])).sum(axis=1))
+                numerator, row_sum = Sum(accumulator, from_states, layout.interpret), from_sums
                 for offset in range(layout.tiles):
                     j = layout.other(i, offset)
                     scores = product((query_t, transposed(k_s.at[j])))
                     scores = scores * masks_between(rows_s, i, j, layout, diagonal=not offset)[0]
-                    row_sum = plus(row_sum, scores.sum(axis=1))
+                    row_sum += scores.sum(axis=1)
                     accumulate(accumulator, scores, v_s.at[j], left_s, warpgroup)
-                return accumulator[...], row_sum
+                return numerator.load(0), row_sum
 
             output, row_sum = scoped(main, SQUARE)
             if layout.normalize:
@@ -326,12 +337,13 @@ def _queries_kernel(
 
             factors = [_query_factor(rows_s, i, side, layout) for side in SIDES]
             # Of each side: what its state adds to the row sum and to `sum_j P_ij (dY V^T)_ij`.
-            row_sums, inners = [], []
+            row_sums, inners, from_states = [], [], None
             for side, factor in zip(SIDES, factors, strict=True):
-                query = load(query_t)
-                row_sums.append(factor * (query * _by_columns(sums_s.at[side])).sum(axis=1))
-                inners.append(factor * (query * product((d_t, transposed(states_s.at[side])))).sum(axis=1))
-            scale, shift = jnp.ones_like(row_sums[0]), jnp.zeros_like(row_sums[0])
+                row_sums.append(factor * _read(query_t, sums_s.at[side]))
+                d_read = scale_rows(product((d_t, transposed(states_s.at[side]))), factor)
+                inners.append((load(query_t) * d_read).sum(axis=1))
+                from_states = plus(from_states, d_read)
+            scale, shift = (_along_rows(x) for x in (1.0, 0.0))
             if layout.normalize:
                 row_sum, inner = sum(row_sums[1:], row_sums[0]), sum(inners[1:], inners[0])
                 for offset in range(layout.tiles):
@@ -341,12 +353,11 @@ def _queries_kernel(
                     inner += (scores * product((d_t, transposed(v_s.at[j])))).sum(axis=1)
                 scale = _inverse(row_sum)
                 shift = -inner * scale
+            for side, factor in zip(SIDES, factors, strict=True):
+                from_states += scale_rows(_by_columns(sums_s.at[side]), shift * factor)
 
             def main(accumulator: Any) -> tuple[jax.Array, list[jax.Array]]:
-                for side, factor in zip(SIDES, factors, strict=True):
-                    state = transposed(states_s.at[side])
-                    accumulate(accumulator, scale_rows(load(d_t), factor), state, left_s, warpgroup)
-                sides = [None, None]
+                d_query, sides = Sum(accumulator, from_states, layout.interpret), [None, None]
                 for offset in range(layout.tiles):
                     scores, mask, j = masked(offset)
                     d_score = (product((d_t, transposed(v_s.at[j]))) + rows_of(shift, SQUARE)) * mask
@@ -355,11 +366,9 @@ def _queries_kernel(
                         d_score * scores, rows_s, 0, i, j, layout, diagonal=not offset, keys_in_rows=False
                     )
                     sides = [plus(x, y) for x, y in zip(sides, entries, strict=True)]
-                return accumulator[...], sides
+                return d_query.load(0), sides
 
             d_query, (below, above) = scoped(main, SQUARE)
-            for side, factor in zip(SIDES, factors, strict=True):
-                d_query += scale_rows(_by_columns(sums_s.at[side]), shift * factor)
             left, right = (inner + shift * row_sum for inner, row_sum in zip(inners, row_sums, strict=True))
             for ref, x in (
                 (scaling_s.at[0], scale),
@@ -442,37 +451,33 @@ def _keys_kernel(
 
         def run(j: Any, warpgroup: Any) -> None:
             tokens, key_t, value_t = tokens_of(j), k_s.at[j], v_s.at[j]
-            factors = [_key_factor(rows_s, j, side, layout) for side in SIDES]
-            # The gradients of the factors' exponents.
-            left, right = (
-                factor
-                * (
-                    load(key_t) * (product((value_t, transposed(d_states_s.at[side]))) + _by_columns(d_sums_s.at[side]))
-                ).sum(axis=1)
-                for side, factor in zip(SIDES, factors, strict=True)
-            )
+            of_factors = []  # the gradients of the exponents of each side's
+            key_start, value_start = None, None
+            for side in SIDES:
+                factor, d_state = _key_factor(rows_s, j, side, layout), d_states_s.at[side]
+                d_entering = product((value_t, transposed(d_state))) + _by_columns(d_sums_s.at[side])
+                d_entering = scale_rows(d_entering, factor)
+                of_factors.append((load(key_t) * d_entering).sum(axis=1))
+                key_start = plus(key_start, d_entering)
+                value_start = plus(value_start, scale_rows(product((key_t, d_state)), factor))
+            left, right = of_factors
 
             def main(d_key: Any, d_value: Any) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-                for side, factor in zip(SIDES, factors, strict=True):
-                    state = d_states_s.at[side]
-                    accumulate(d_key, scale_rows(load(value_t), factor), transposed(state), left_s, warpgroup)
-                    accumulate(d_value, scale_rows(load(key_t), factor), state, left_s, warpgroup)
-                sides = [None, None]
+                starts = ((d_key, key_start), (d_value, value_start))
+                sums, sides = [Sum(*start, layout.interpret) for start in starts], [None, None]
                 for offset in range(layout.tiles):
                     i, diagonal = layout.other(j, offset), not offset
                     scale, shift = (_by_columns(scaling_s.at[row, tokens_of(i)]) for row in range(2))
                     factor = masks_between(rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True)[0] * scale
-                    scores = product((key_t, transposed(q_s.at[i])))
-                    accumulate(d_value, scores * factor, d_s.at[i], left_s, warpgroup)
                     d_score = (product((value_t, transposed(d_s.at[i]))) + shift) * factor
                     accumulate(d_key, d_score, q_s.at[i], left_s, warpgroup)
+                    scores = product((key_t, transposed(q_s.at[i])))
+                    accumulate(d_value, scores * factor, d_s.at[i], left_s, warpgroup)
                     entries = by_side(d_score * scores, rows_s, 0, i, j, layout, diagonal=diagonal, keys_in_rows=True)
                     sides = [plus(x, y) for x, y in zip(sides, entries, strict=True)]
-                return d_key[...], d_value[...], sides
+                return *(x.load(0) for x in sums), sides
 
             d_key, d_value, (below, above) = scoped(main, SQUARE, SQUARE)
-            for side, factor in zip(SIDES, factors, strict=True):
-                d_key += scale_rows(_by_columns(d_sums_s.at[side]), factor)
             for row, x in enumerate((-below - left, above + right, left)):
                 parts_s.at[row, tokens][...] = x
             in_time = tokens_of(n * layout.tiles + j)
@@ -561,7 +566,7 @@ def _layout(q: jax.Array, before: jax.Array, static: Static) -> Layout:
     """That of a chunk."""
     batch, _, heads, _ = q.shape
     shared = before.shape[0] == 1 and batch > 1
-    return Layout(batch, before.shape[-1], heads, 1, True, shared, static.normalize, static.interpret)
+    return Layout(batch, before.shape[-1], heads, 1, True, shared, static.normalize, _WARPGROUPS, static.interpret)
 
 
 def _rows(before: jax.Array, through: jax.Array, layout: Layout) -> jax.Array:
