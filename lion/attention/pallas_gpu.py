@@ -8,7 +8,8 @@ backward. A warpgroup owns tiles of 64 rows. With one scan in the order of the t
 an exponential for each entry: elsewhere the mask is a product of a row and a column, both at most 1 (DERIVATION.md,
 section 7). With scans in other orders the mask is `exp(min(before_i - before_j, through_j - through_i))`.
 
-All of a head has to fit on a chip: 256 tokens of head size 64. `two_sided` runs longer sequences in chunks.
+All of a head has to fit on a chip: 256 tokens of head size 64. Longer sequences run in chunks: one scan with decays in
+the kernels of `hopper.two_sided`, and others in these, with what lies between chunks in `lion.attention.two_sided`.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from lion.attention.hopper.tiles import (
     by_side,
     call,
     copy_in,
+    inverse,
     masks_between,
     mean,
     numbers_of,
@@ -44,7 +46,16 @@ from lion.attention.hopper.tiles import (
     tokens_of,
 )
 from models.kernels import mosaic_gpu as mgpu
-from models.kernels.mosaic_gpu import along_columns, along_rows, columns_of, product, rows_of, tile, transposed
+from models.kernels.mosaic_gpu import (
+    along_columns,
+    along_rows,
+    columns_of,
+    product,
+    rows_of,
+    scale_rows,
+    tile,
+    transposed,
+)
 
 if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `refusal` says so
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -100,8 +111,7 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
 
             numerator, row_sum = pl.run_scoped(main, plgpu.ACC(SQUARE, F32))
             if layout.normalize:
-                # A padded token has no scores, and its output is zero.
-                query_t[...] = (numerator * rows_of(1 / jnp.where(row_sum == 0, 1.0, row_sum), SQUARE)).astype(BF16)
+                query_t[...] = scale_rows(numerator, inverse(row_sum)).astype(BF16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(query_t, outputs[0].at[b, tokens_of(i), h])
             else:
@@ -179,7 +189,7 @@ def _backward_kernel(
                     row_sum = plus(row_sum, scores.sum(axis=1))
                     inner = plus(inner, (scores * d_scores[-1]).sum(axis=1))
             if layout.normalize:
-                scale = 1 / jnp.where(row_sum == 0, 1.0, row_sum)
+                scale = inverse(row_sum)
                 shift = -inner * scale
                 scale_s.at[tokens][...] = scale
                 shift_s.at[tokens][...] = shift

@@ -142,6 +142,11 @@ def plus(x: jax.Array | None, y: jax.Array) -> jax.Array:
     return y if x is None else x + y
 
 
+def inverse(row_sum: jax.Array) -> jax.Array:
+    """Of row sums; those of padded tokens are zero, as are their numerators."""
+    return 1 / jnp.where(row_sum == 0, 1.0, row_sum)
+
+
 def accumulate(accumulator: Any, x: jax.Array, y: Any, scratch: Sequence[Any], warpgroup: int) -> None:
     """Starts to add `x y`, x in registers; the interpreter, which has no such product, takes x from shared memory."""
     x = x.astype(BF16)

@@ -35,6 +35,7 @@ from lion.attention.hopper.tiles import (
     by_side,
     call,
     copy_in,
+    inverse,
     masks_between,
     numbers_of,
     of_head,
@@ -236,11 +237,6 @@ def _along_rows(number: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full((TILE,), number, F32), plgpu.Layout.WGMMA.reduce(1))
 
 
-def _inverse(row_sum: jax.Array) -> jax.Array:
-    """Of row sums; those of padded tokens are zero, as are their numerators."""
-    return 1 / jnp.where(row_sum == 0, 1.0, row_sum)
-
-
 def _shared_tiles(layout: Layout, *names: str) -> dict[str, Any]:
     return {name: tile(layout.tiles, TILE, SIZE) for name in names}
 
@@ -284,7 +280,7 @@ def _output_kernel(
 
             output, row_sum = scoped(main, SQUARE)
             if layout.normalize:
-                output = scale_rows(output, _inverse(row_sum))
+                output = scale_rows(output, inverse(row_sum))
             _store(output, query_t, output_ref.at[b, tokens_of(n * layout.tiles + i), h])
 
         own_tiles(layout, run)
@@ -351,7 +347,7 @@ def _queries_kernel(
                     scores = scores * mask
                     row_sum += scores.sum(axis=1)
                     inner += (scores * product((d_t, transposed(v_s.at[j])))).sum(axis=1)
-                scale = _inverse(row_sum)
+                scale = inverse(row_sum)
                 shift = -inner * scale
             for side, factor in zip(SIDES, factors, strict=True):
                 from_states += scale_rows(_by_columns(sums_s.at[side]), shift * factor)
