@@ -50,7 +50,7 @@ from models.kernels.mosaic_gpu import (
     along_rows,
     columns_of,
     load,
-    product,
+    products,
     rows_of,
     scale_rows,
     scoped,
@@ -263,17 +263,19 @@ def _output_kernel(
 
         def run(i: Any, warpgroup: Any) -> None:
             query_t, from_states, from_sums = q_s.at[i], None, None
-            for side in SIDES:
+            reads, _ = products(*((query_t, states_s.at[side]) for side in SIDES))
+            for side, read in zip(SIDES, reads, strict=True):
                 factor = _query_factor(rows_s, i, side, layout)
-                from_states = plus(from_states, scale_rows(product((query_t, states_s.at[side])), factor))
+                from_states = plus(from_states, scale_rows(read, factor))
                 from_sums = plus(from_sums, factor * _read(query_t, sums_s.at[side]))
 
             def main(accumulator: Any) -> tuple[jax.Array, jax.Array]:
                 numerator, row_sum = Sum(accumulator, from_states, layout.interpret), from_sums
                 for offset in range(layout.tiles):
                     j = layout.other(i, offset)
-                    scores = product((query_t, transposed(k_s.at[j])))
-                    scores = scores * masks_between(rows_s, i, j, layout, diagonal=not offset)[0]
+                    mask = partial(masks_between, rows_s, i, j, layout, diagonal=not offset)
+                    (scores,), (mask,) = products((query_t, transposed(k_s.at[j])), meanwhile=mask)
+                    scores = scores * mask
                     row_sum += scores.sum(axis=1)
                     accumulate(accumulator, scores, v_s.at[j], left_s, warpgroup)
                 return numerator.load(0), row_sum
@@ -325,28 +327,31 @@ def _queries_kernel(
         def run(i: Any, warpgroup: Any) -> None:
             tokens, query_t, d_t = tokens_of(i), q_s.at[i], d_s.at[i]
 
-            def masked(offset: int) -> tuple[jax.Array, jax.Array, Any]:
-                """Scores, their mask, and the tile of keys."""
+            def entries(offset: int) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+                """`Q K^T`, `dY V^T` and the mask with a tile of keys, and which tile that is."""
                 j = layout.other(i, offset)
-                mask = masks_between(rows_s, i, j, layout, diagonal=not offset)[0]
-                return product((query_t, transposed(k_s.at[j]))), mask, j
+                pairs = (query_t, transposed(k_s.at[j])), (d_t, transposed(v_s.at[j]))
+                mask = partial(masks_between, rows_s, i, j, layout, diagonal=not offset)
+                (scores, d_masked), (mask,) = products(*pairs, meanwhile=mask)
+                return scores, d_masked, mask, j
 
             factors = [_query_factor(rows_s, i, side, layout) for side in SIDES]
             # Of each side: what its state adds to the row sum and to `sum_j P_ij (dY V^T)_ij`.
             row_sums, inners, from_states = [], [], None
-            for side, factor in zip(SIDES, factors, strict=True):
+            d_reads, _ = products(*((d_t, transposed(states_s.at[side])) for side in SIDES))
+            for side, factor, d_read in zip(SIDES, factors, d_reads, strict=True):
                 row_sums.append(factor * _read(query_t, sums_s.at[side]))
-                d_read = scale_rows(product((d_t, transposed(states_s.at[side]))), factor)
+                d_read = scale_rows(d_read, factor)
                 inners.append((load(query_t) * d_read).sum(axis=1))
                 from_states = plus(from_states, d_read)
             scale, shift = (_along_rows(x) for x in (1.0, 0.0))
             if layout.normalize:
                 row_sum, inner = sum(row_sums[1:], row_sums[0]), sum(inners[1:], inners[0])
                 for offset in range(layout.tiles):
-                    scores, mask, j = masked(offset)
+                    scores, d_masked, mask, _ = entries(offset)
                     scores = scores * mask
                     row_sum += scores.sum(axis=1)
-                    inner += (scores * product((d_t, transposed(v_s.at[j])))).sum(axis=1)
+                    inner += (scores * d_masked).sum(axis=1)
                 scale = inverse(row_sum)
                 shift = -inner * scale
             for side, factor in zip(SIDES, factors, strict=True):
@@ -355,13 +360,13 @@ def _queries_kernel(
             def main(accumulator: Any) -> tuple[jax.Array, list[jax.Array]]:
                 d_query, sides = Sum(accumulator, from_states, layout.interpret), [None, None]
                 for offset in range(layout.tiles):
-                    scores, mask, j = masked(offset)
-                    d_score = (product((d_t, transposed(v_s.at[j]))) + rows_of(shift, SQUARE)) * mask
+                    scores, d_masked, mask, j = entries(offset)
+                    d_score = (d_masked + rows_of(shift, SQUARE)) * mask
                     accumulate(accumulator, d_score, k_s.at[j], left_s, warpgroup)
-                    entries = by_side(
+                    by_sides = by_side(
                         d_score * scores, rows_s, 0, i, j, layout, diagonal=not offset, keys_in_rows=False
                     )
-                    sides = [plus(x, y) for x, y in zip(sides, entries, strict=True)]
+                    sides = [plus(x, y) for x, y in zip(sides, by_sides, strict=True)]
                 return d_query.load(0), sides
 
             d_query, (below, above) = scoped(main, SQUARE)
@@ -451,11 +456,11 @@ def _keys_kernel(
             key_start, value_start = None, None
             for side in SIDES:
                 factor, d_state = _key_factor(rows_s, j, side, layout), d_states_s.at[side]
-                d_entering = product((value_t, transposed(d_state))) + _by_columns(d_sums_s.at[side])
-                d_entering = scale_rows(d_entering, factor)
+                (of_value, of_key), _ = products((value_t, transposed(d_state)), (key_t, d_state))
+                d_entering = scale_rows(of_value + _by_columns(d_sums_s.at[side]), factor)
                 of_factors.append((load(key_t) * d_entering).sum(axis=1))
                 key_start = plus(key_start, d_entering)
-                value_start = plus(value_start, scale_rows(product((key_t, d_state)), factor))
+                value_start = plus(value_start, scale_rows(of_key, factor))
             left, right = of_factors
 
             def main(d_key: Any, d_value: Any) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
@@ -464,13 +469,15 @@ def _keys_kernel(
                 for offset in range(layout.tiles):
                     i, diagonal = layout.other(j, offset), not offset
                     scale, shift = (_by_columns(scaling_s.at[row, tokens_of(i)]) for row in range(2))
-                    factor = masks_between(rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True)[0] * scale
-                    d_score = (product((value_t, transposed(d_s.at[i]))) + shift) * factor
+                    mask = partial(masks_between, rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True)
+                    pairs = (value_t, transposed(d_s.at[i])), (key_t, transposed(q_s.at[i]))
+                    (d_masked, scores), (mask,) = products(*pairs, meanwhile=mask)
+                    factor = mask * scale
+                    d_score = (d_masked + shift) * factor
                     accumulate(d_key, d_score, q_s.at[i], left_s, warpgroup)
-                    scores = product((key_t, transposed(q_s.at[i])))
                     accumulate(d_value, scores * factor, d_s.at[i], left_s, warpgroup)
-                    entries = by_side(d_score * scores, rows_s, 0, i, j, layout, diagonal=diagonal, keys_in_rows=True)
-                    sides = [plus(x, y) for x, y in zip(sides, entries, strict=True)]
+                    by_sides = by_side(d_score * scores, rows_s, 0, i, j, layout, diagonal=diagonal, keys_in_rows=True)
+                    sides = [plus(x, y) for x, y in zip(sides, by_sides, strict=True)]
                 return *(x.load(0) for x in sums), sides
 
             d_key, d_value, (below, above) = scoped(main, SQUARE, SQUARE)
