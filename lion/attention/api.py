@@ -70,7 +70,7 @@ def lion_attention(
         either side: work linear in time). None is the faster of the last and "full": XLA takes "full" for scalar decays
         and at most `FULL_UP_TO` tokens, the kernels for what fits on a chip; a `chunk_size` asks for "two_sided".
       chunk_size: of the two chunk forms; by default an eighth of the time for "chunked", and for "two_sided"
-        `TWO_SIDED_CHUNK` in XLA and what fits on a chip in kernels.
+        `TWO_SIDED_CHUNK` in XLA and what the kernels prefer.
       implementation: "pallas_gpu" (Hopper), "pallas_tpu" or "xla"; a sequence of them, of which the first that serves
         here runs; or None for the fastest that serves.
 

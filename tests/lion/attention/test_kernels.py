@@ -155,7 +155,7 @@ def gpu_refusal():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*SCALAR, *MORE_SCALAR])
-@pytest.mark.parametrize("time", [1, 2, 64, 65, 197, 257, 300, 512, 513])
+@pytest.mark.parametrize("time", [1, 2, 64, 65, 197, 512])
 def test_gpu_kernels_compiled(case, time, request):
     if reason := gpu_refusal():
         pytest.skip(reason)
@@ -176,12 +176,22 @@ def test_gpu_kernels_compiled_small(size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", ["fixed", "selective", "selective_padded", "selective_unnormalized"])
+@pytest.mark.parametrize("time", [257, 300, 513])
+def test_gpu_kernels_compiled_two_sided(case, time):
+    if reason := gpu_refusal():
+        pytest.skip(reason)
+    check(partial(lion_attention, implementation="pallas_gpu"), case, time, "bfloat16")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("chunk", [40, 64, 128, 192, 200, 256])
-def test_gpu_kernels_compiled_in_chunks(chunk):
+@pytest.mark.parametrize("size", [{}, {"batch": 1, "heads": 1}])
+def test_gpu_kernels_compiled_in_chunks(chunk, size):
     if reason := gpu_refusal():
         pytest.skip(reason)
     function = partial(lion_attention, implementation="pallas_gpu", form="two_sided", chunk_size=chunk)
-    check(function, "selective_padded", 300, "bfloat16")
+    check(function, "selective", 300, "bfloat16", **size)
 
 
 def lowered(module, case, time, platform, monkeypatch):
