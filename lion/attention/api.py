@@ -14,6 +14,7 @@ from lion.attention import block, pallas_gpu, pallas_tpu
 from lion.attention.chunked import chunked
 from lion.attention.decay import DIRECTIONS, Cumulative, accumulator, divide, scan_sums
 from lion.attention.full import full, full_over_scans
+from lion.attention.hopper import two_sided as hopper_two_sided
 from lion.attention.recurrent import recurrent
 from lion.attention.two_sided import two_sided
 from models.kernels.choice import first_that_serves, serves
@@ -69,7 +70,7 @@ def lion_attention(
         either side: work linear in time). None is the faster of the last and "full": XLA takes "full" for scalar decays
         and at most `FULL_UP_TO` tokens, the kernels for what fits on a chip; a `chunk_size` asks for "two_sided".
       chunk_size: of the two chunk forms; by default an eighth of the time for "chunked", and for "two_sided"
-        `TWO_SIDED_CHUNK` in XLA and what fits on a chip in kernels.
+        `TWO_SIDED_CHUNK` in XLA and what the kernels prefer.
       implementation: "pallas_gpu" (Hopper), "pallas_tpu" or "xla"; a sequence of them, of which the first that serves
         here runs; or None for the fastest that serves.
 
@@ -153,6 +154,12 @@ def run_kernels(module: ModuleType, problem: _Problem, interpret: Any = False) -
             *problem[:3], sums, positions, problem.direction, normalize=problem.normalize, interpret=interpret
         )
         return result if problem.normalize else result[0]
+    if _fused(module, problem):
+        (log_decay,) = problem.in_time()
+        chunk = problem.chunk_size or hopper_two_sided.CHUNK
+        return hopper_two_sided.two_sided(
+            *problem[:3], log_decay, chunk, normalize=problem.normalize, interpret=interpret
+        )
 
     def within(q: jax.Array, k: jax.Array, v: jax.Array, sums: Cumulative, direction: str) -> tuple:
         outer, time = q.shape[:3], q.shape[3]
@@ -168,6 +175,14 @@ def run_kernels(module: ModuleType, problem: _Problem, interpret: Any = False) -
 
 def _kernel_form(module: ModuleType, problem: _Problem) -> str:
     return problem.form or ("two_sided" if problem.chunk_size or problem.time > module.TIME else "full")
+
+
+def _fused(module: ModuleType, problem: _Problem) -> bool:
+    """Whether the module's kernels also compute what lies between chunks."""
+    if module is not pallas_gpu or problem.plain or problem.diagonal or problem.direction != "both":
+        return False
+    in_order = len(problem.orders) == 1 and np.array_equal(problem.orders[0], np.arange(problem.time))
+    return in_order and hopper_two_sided.serves_chunk(problem.chunk_size or hopper_two_sided.CHUNK)
 
 
 def _kernel_chunk(module: ModuleType, problem: _Problem) -> int:

@@ -8,10 +8,10 @@ backward. A warpgroup owns tiles of 64 rows. With one scan in the order of the t
 an exponential for each entry: elsewhere the mask is a product of a row and a column, both at most 1 (DERIVATION.md,
 section 7). With scans in other orders the mask is `exp(min(before_i - before_j, through_j - through_i))`.
 
-All of a head has to fit on a chip: 256 tokens of head size 64. `two_sided` runs longer sequences in chunks.
+All of a head has to fit on a chip: 256 tokens of head size 64. Longer sequences run in chunks: one scan with decays in
+the kernels of `hopper.two_sided`, and others in these, with what lies between chunks in `lion.attention.two_sided`.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,14 +23,36 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lion.attention.decay import Cumulative, one_sided_min
+from lion.attention.hopper.tiles import (
+    BF16,
+    COPY,
+    F32,
+    SIZE,
+    SQUARE,
+    TILE,
+    TIME,
+    Layout,
+    accumulate,
+    by_side,
+    call,
+    copy_in,
+    inverse,
+    masks_between,
+    mean,
+    numbers_of,
+    of_head,
+    own_tiles,
+    plus,
+    tokens_of,
+)
 from models.kernels import mosaic_gpu as mgpu
 from models.kernels.mosaic_gpu import (
     along_columns,
     along_rows,
     columns_of,
     product,
-    row_and_column,
     rows_of,
+    scale_rows,
     tile,
     transposed,
 )
@@ -38,13 +60,7 @@ from models.kernels.mosaic_gpu import (
 if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `refusal` says so
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TIME = 256
-SIZE = 64
-TILE = 64  # the smallest number of rows of the matrix unit
 _WARPGROUPS = 2
-_COPY = 8  # rows of device memory that a copy moves at least
-_F32, _BF16 = jnp.float32, jnp.bfloat16
-_SQUARE = (TILE, TILE)
 
 
 def refusal(dtype: jnp.dtype, time: int, dim: int, value_dim: int) -> str | None:
@@ -60,176 +76,6 @@ def refusal(dtype: jnp.dtype, time: int, dim: int, value_dim: int) -> str | None
     return None
 
 
-class Layout(NamedTuple):
-    """Sizes and static choices of a problem."""
-
-    batch: int
-    time: int
-    heads: int
-    scans: int
-    in_order: bool  # one scan in the order of the tokens, in both directions
-    shared: bool  # one decay for all of the batch
-    normalize: bool
-    interpret: Any
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.time // TILE)
-
-    @property
-    def warpgroups(self) -> int:
-        return min(_WARPGROUPS, self.tiles)
-
-    @property
-    def rows(self) -> int:
-        """Numbers per token; see `_rows`."""
-        return 6 if self.in_order else 3 * self.scans
-
-    def other(self, own: Any, offset: int) -> Any:
-        """The tile that many places after one's own, in a ring."""
-        return lax.rem(own + offset, jnp.int32(self.tiles))
-
-
-def _tokens(index: Any) -> Any:
-    """Those of a tile."""
-    return pl.ds(index * TILE, TILE)
-
-
-# The mask. `rows` is a reference to the numbers per token, [rows, time] in shared memory.
-
-
-def _rows(before: jax.Array, through: jax.Array, positions: np.ndarray, layout: Layout) -> jax.Array:
-    """The numbers per token, `[batch or 1, heads, rows, whole tiles]`.
-
-    Before and through of each scan, in powers of 2; then, for a scan in order, the factors of the mask between tiles:
-    of queries and keys below the diagonal and above it; for others, the positions.
-    """
-    pad = [(0, 0)] * 3 + [(0, layout.tiles * TILE - layout.time)]
-    before, through = (jnp.pad(x * math.log2(math.e), pad, mode="edge") for x in (before, through))
-    scans = [x[:, :, n] for n in range(layout.scans) for x in (before, through)]
-    if not layout.in_order:
-        places = np.pad(positions, ((0, 0), (0, pad[-1][1]))).astype(np.float32)
-        scans += [jnp.broadcast_to(place, scans[0].shape) for place in places]
-        return jnp.stack(scans, 2)
-    b, t = (x.reshape(*x.shape[:2], layout.tiles, TILE) for x in scans)
-    start, end = b[..., :1], t[..., -1:]
-    factors = (b - start, end - b, end - t, t - start)
-    return jnp.stack([*scans, *(jnp.exp2(x).reshape(scans[0].shape) for x in factors)], 2)
-
-
-def _masks(rows: Any, i: Any, j: Any, layout: Layout, *, diagonal: bool, keys_in_rows: bool = False) -> list[jax.Array]:
-    """The masks of the scans between the queries of tile i and the keys of tile j; `diagonal` where they are one."""
-
-    def entries(row: Any, queries: bool) -> jax.Array:
-        part = rows.at[row, _tokens(i if queries else j)]
-        if queries != keys_in_rows:
-            return rows_of(along_rows(part), _SQUARE)
-        return columns_of(along_columns(part), _SQUARE)
-
-    if layout.in_order and not diagonal:
-        of_query, of_key = jnp.where(i > j, 2, 4), jnp.where(i > j, 3, 5)
-        between = jnp.exp2(rows[0, jnp.maximum(i, j) * TILE] - rows[1, jnp.minimum(i, j) * TILE + TILE - 1])
-        in_rows = rows.at[of_key, _tokens(j)] if keys_in_rows else rows.at[of_query, _tokens(i)]
-        in_columns = entries(of_query, True) if keys_in_rows else entries(of_key, False)
-        return [rows_of(along_rows(in_rows) * between, _SQUARE) * in_columns]
-    return [
-        jnp.exp2(
-            jnp.minimum(
-                entries(2 * n, True) - entries(2 * n, False), entries(2 * n + 1, False) - entries(2 * n + 1, True)
-            )
-        )
-        for n in range(layout.scans)
-    ]
-
-
-def _mean(masks: Sequence[jax.Array]) -> jax.Array:
-    return masks[0] if len(masks) == 1 else sum(masks[1:], masks[0]) * (1 / len(masks))
-
-
-def _by_side(
-    x: jax.Array, rows: Any, n: int, i: Any, j: Any, layout: Layout, *, diagonal: bool, keys_in_rows: bool
-) -> list[jax.Array]:
-    """Row sums of a tile's entries below the diagonal of the scan n and above it."""
-    if layout.in_order and not diagonal:
-        total = x.sum(axis=1)
-        return [total * jnp.where(i > j, 1.0, 0.0), total * jnp.where(i > j, 0.0, 1.0)]
-    if layout.in_order:
-        row, column = row_and_column(_SQUARE)
-    else:
-        row_tile, column_tile = (j, i) if keys_in_rows else (i, j)
-        place = 2 * layout.scans + n
-        row = rows_of(along_rows(rows.at[place, _tokens(row_tile)]), _SQUARE)
-        column = columns_of(along_columns(rows.at[place, _tokens(column_tile)]), _SQUARE)
-    sides = (column > row, column < row) if keys_in_rows else (row > column, row < column)
-    return [jnp.where(side, x, 0.0).sum(axis=1) for side in sides]
-
-
-def _plus(x: jax.Array | None, y: jax.Array) -> jax.Array:
-    return y if x is None else x + y
-
-
-def _accumulate(accumulator: Any, x: jax.Array, y: Any, scratch: Sequence[Any], warpgroup: int) -> None:
-    """Starts to add `x y`, x in registers; the interpreter, which has no such product, takes x from shared memory."""
-    x = x.astype(_BF16)
-    if scratch:
-        scratch[0].at[warpgroup][...] = x
-        plgpu.commit_smem()
-        x = scratch[0].at[warpgroup]
-    plgpu.wgmma(accumulator, x, y)
-
-
-def _own_tiles(layout: Layout, run: Any) -> None:
-    """Runs `run(tile, warpgroup)` for every tile of a warpgroup."""
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.loop(0, -(-layout.tiles // layout.warpgroups))
-    def _(turn: Any) -> None:
-        own = turn * layout.warpgroups + warpgroup
-
-        @pl.when(own < layout.tiles)
-        def _() -> None:
-            run(own, warpgroup)
-
-
-def _call(body: Any, name: str, layout: Layout, out_type: Any, scratch: dict[str, Any], *operands: jax.Array) -> Any:
-    if layout.interpret:
-        scratch = {**scratch, "left_s": [tile(layout.warpgroups, *_SQUARE)]}
-    else:
-        scratch = {**scratch, "left_s": []}
-    return mgpu.kernel(
-        body,
-        f"lion_attention_{name}",
-        layout.interpret,
-        out_type=out_type,
-        grid=(layout.batch, layout.heads),
-        grid_names=("batch", "heads"),
-        num_threads=layout.warpgroups,
-        thread_name="warpgroup",
-        scratch_types=scratch,
-    )(*operands)
-
-
-def _load(arrays: Sequence[tuple[Any, Any]], vectors: Sequence[tuple[Any, Any]], layout: Layout, loaded: Any) -> None:
-    """Copies a head's arrays `[batch, time, heads, size]` and the vectors to shared memory, with zeros past the end."""
-    b, h = lax.axis_index("batch"), lax.axis_index("heads")
-
-    @pl.when(lax.axis_index("warpgroup") == 0)
-    def _() -> None:
-        @pl.loop(0, layout.tiles)
-        def _(index: Any) -> None:
-            for source, target in arrays:
-                plgpu.copy_gmem_to_smem(source.at[b, _tokens(index), h], target.at[index], loaded)
-
-        for source, target in vectors:
-            plgpu.copy_gmem_to_smem(source, target, loaded)
-
-    plgpu.barrier_wait(loaded)
-
-
-def _of_head(rows: Any, layout: Layout) -> Any:
-    return rows.at[0 if layout.shared else lax.axis_index("batch"), lax.axis_index("heads")]
-
-
 # A function of its own in the program: the layers of a model share one kernel, which takes seconds to lower.
 _compiled_once = partial(jax.jit, static_argnames="layout")
 
@@ -243,8 +89,8 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
     def body(*refs: Any, q_s, k_s, v_s, rows_s, sums_s, parts_s, loaded, left_s) -> None:
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         outputs = refs[3 + decayed :]
-        vectors = [(_of_head(refs[3], layout), rows_s)] if decayed else []
-        _load(tuple(zip(refs[:3], (q_s, k_s, v_s), strict=True)), vectors, layout, loaded)
+        vectors = [(of_head(refs[3]), rows_s)] if decayed else []
+        copy_in(tuple(zip(refs[:3], (q_s, k_s, v_s), strict=True)), vectors, layout, loaded)
 
         def run(i: Any, warpgroup: Any) -> None:
             query_t = q_s.at[i]
@@ -255,44 +101,43 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
                     j = layout.other(i, offset)
                     scores = product((query_t, transposed(k_s.at[j])))
                     if decayed:
-                        scores = scores * _mean(_masks(rows_s, i, j, layout, diagonal=not offset))
+                        scores = scores * mean(masks_between(rows_s, i, j, layout, diagonal=not offset))
                     # What the product sums, so that a query that sees itself alone gives its value: outside of this
                     # kernel a gradient is the difference of the two. Inside, neither is rounded.
-                    summed = scores if layout.normalize else scores.astype(_BF16).astype(_F32)
-                    row_sum = _plus(row_sum, summed.sum(axis=1))
-                    _accumulate(accumulator, scores, v_s.at[j], left_s, warpgroup)
+                    summed = scores if layout.normalize else scores.astype(BF16).astype(F32)
+                    row_sum = plus(row_sum, summed.sum(axis=1))
+                    accumulate(accumulator, scores, v_s.at[j], left_s, warpgroup)
                 return accumulator[...], row_sum
 
-            numerator, row_sum = pl.run_scoped(main, plgpu.ACC(_SQUARE, _F32))
+            numerator, row_sum = pl.run_scoped(main, plgpu.ACC(SQUARE, F32))
             if layout.normalize:
-                # A padded token has no scores, and its output is zero.
-                query_t[...] = (numerator * rows_of(1 / jnp.where(row_sum == 0, 1.0, row_sum), _SQUARE)).astype(_BF16)
+                query_t[...] = scale_rows(numerator, inverse(row_sum)).astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(query_t, outputs[0].at[b, _tokens(i), h])
+                plgpu.copy_smem_to_gmem(query_t, outputs[0].at[b, tokens_of(i), h])
             else:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 parts_s.at[warpgroup][...] = numerator
-                sums_s.at[_tokens(i)][...] = row_sum
+                sums_s.at[tokens_of(i)][...] = row_sum
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(parts_s.at[warpgroup], outputs[0].at[b, _tokens(i), h])
-                plgpu.copy_smem_to_gmem(sums_s.at[_tokens(i)], outputs[1].at[b, h, _tokens(i)])
+                plgpu.copy_smem_to_gmem(parts_s.at[warpgroup], outputs[0].at[b, tokens_of(i), h])
+                plgpu.copy_smem_to_gmem(sums_s.at[tokens_of(i)], outputs[1].at[b, h, tokens_of(i)])
 
-        _own_tiles(layout, run)
+        own_tiles(layout, run)
         plgpu.wait_smem_to_gmem(0)
 
     if layout.normalize:
-        out_type = jax.ShapeDtypeStruct(v.shape, _BF16)
+        out_type = jax.ShapeDtypeStruct(v.shape, BF16)
     else:
-        sums = jax.ShapeDtypeStruct((layout.batch, layout.heads, whole), _F32)
-        out_type = (jax.ShapeDtypeStruct(v.shape, _F32), sums)
+        sums = jax.ShapeDtypeStruct((layout.batch, layout.heads, whole), F32)
+        out_type = (jax.ShapeDtypeStruct(v.shape, F32), sums)
     scratch = {
         **{name: tile(layout.tiles, TILE, SIZE) for name in ("q_s", "k_s", "v_s")},
-        "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), _F32),
-        "sums_s": plgpu.SMEM((whole,), _F32),
-        "parts_s": None if layout.normalize else tile(layout.warpgroups, *_SQUARE, dtype=_F32),
+        "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), F32),
+        "sums_s": plgpu.SMEM((whole,), F32),
+        "parts_s": None if layout.normalize else tile(layout.warpgroups, *SQUARE, dtype=F32),
         "loaded": plgpu.Barrier(num_arrivals=3 * layout.tiles + decayed),
     }
-    return _call(body, "forward", layout, out_type, scratch, q, k, v, *([rows] if decayed else []))
+    return call(body, "forward", layout, layout.grid, out_type, scratch, q, k, v, *([rows] if decayed else []))
 
 
 @_compiled_once
@@ -318,20 +163,20 @@ def _backward_kernel(
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         outputs = refs[len(operands) :]
         scale_s, shift_s = queries_s.at[0], queries_s.at[1]
-        vectors = [(_of_head(refs[4], layout), rows_s)] if decayed else []
+        vectors = [(of_head(refs[4]), rows_s)] if decayed else []
         if not layout.normalize:
             vectors.append((refs[len(operands) - 1].at[b, h], shift_s))
-        _load(tuple(zip(refs[:4], (q_s, k_s, v_s, d_s), strict=True)), vectors, layout, loaded)
+        copy_in(tuple(zip(refs[:4], (q_s, k_s, v_s, d_s), strict=True)), vectors, layout, loaded)
 
         def store(x: jax.Array, target: Any, index: Any, warpgroup: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_s.at[warpgroup][...] = x.astype(_BF16)
+            out_s.at[warpgroup][...] = x.astype(BF16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], target.at[b, _tokens(index), h])
+            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], target.at[b, tokens_of(index), h])
 
         def queries(i: Any, warpgroup: Any) -> None:
             """A tile of dQ; for all of the head, `dP = scale (dO V^T + shift)`."""
-            tokens = _tokens(i)
+            tokens = tokens_of(i)
             query_t, d_t = q_s.at[i], d_s.at[i]
             d_scores, row_sum, inner = [], None, None
             for offset in range(layout.tiles):
@@ -340,11 +185,11 @@ def _backward_kernel(
                 if layout.normalize:
                     scores = product((query_t, transposed(k_s.at[j])))
                     if decayed:
-                        scores = scores * _mean(_masks(rows_s, i, j, layout, diagonal=not offset))
-                    row_sum = _plus(row_sum, scores.sum(axis=1))
-                    inner = _plus(inner, (scores * d_scores[-1]).sum(axis=1))
+                        scores = scores * mean(masks_between(rows_s, i, j, layout, diagonal=not offset))
+                    row_sum = plus(row_sum, scores.sum(axis=1))
+                    inner = plus(inner, (scores * d_scores[-1]).sum(axis=1))
             if layout.normalize:
-                scale = 1 / jnp.where(row_sum == 0, 1.0, row_sum)
+                scale = inverse(row_sum)
                 shift = -inner * scale
                 scale_s.at[tokens][...] = scale
                 shift_s.at[tokens][...] = shift
@@ -355,21 +200,21 @@ def _backward_kernel(
                 sums = [[None, None] for _ in range(layout.scans)]
                 for offset in range(layout.tiles):
                     j, diagonal = layout.other(i, offset), not offset
-                    d_masked = d_scores[offset] + rows_of(shift, _SQUARE)
-                    masks = _masks(rows_s, i, j, layout, diagonal=diagonal) if decayed else []
-                    d_score = d_masked * _mean(masks) if decayed else d_masked
-                    _accumulate(accumulator, d_score, k_s.at[j], left_s, warpgroup)
+                    d_masked = d_scores[offset] + rows_of(shift, SQUARE)
+                    masks = masks_between(rows_s, i, j, layout, diagonal=diagonal) if decayed else []
+                    d_score = d_masked * mean(masks) if decayed else d_masked
+                    accumulate(accumulator, d_score, k_s.at[j], left_s, warpgroup)
                     if decayed:
                         scores = product((query_t, transposed(k_s.at[j])))
                     for n, mask in enumerate(masks):
                         entry = d_score if layout.scans == 1 else d_masked * mask * (1 / layout.scans)
-                        sides = _by_side(entry * scores, rows_s, n, i, j, layout, diagonal=diagonal, keys_in_rows=False)
-                        sums[n] = [_plus(x, y) for x, y in zip(sums[n], sides, strict=True)]
+                        sides = by_side(entry * scores, rows_s, n, i, j, layout, diagonal=diagonal, keys_in_rows=False)
+                        sums[n] = [plus(x, y) for x, y in zip(sums[n], sides, strict=True)]
                 return accumulator[...], sums
 
-            d_query, sums = pl.run_scoped(main, plgpu.ACC(_SQUARE, _F32))
+            d_query, sums = pl.run_scoped(main, plgpu.ACC(SQUARE, F32))
             if layout.normalize:
-                d_query = d_query * rows_of(scale, _SQUARE)
+                d_query = d_query * rows_of(scale, SQUARE)
                 sums = [[x * scale for x in sides] for sides in sums]
             store(d_query, outputs[0], i, warpgroup)
             for n, (below, above) in enumerate(sums):
@@ -378,36 +223,36 @@ def _backward_kernel(
 
         def keys(j: Any, warpgroup: Any) -> None:
             """A tile of dK and dV, with keys in the rows of all matrices."""
-            tokens = _tokens(j)
+            tokens = tokens_of(j)
             key_t, value_t = k_s.at[j], v_s.at[j]
 
             def main(d_key: Any, d_value: Any) -> tuple[jax.Array, jax.Array, list]:
                 sums = [[None, None] for _ in range(layout.scans)]
                 for offset in range(layout.tiles):
                     i, diagonal = layout.other(j, offset), not offset
-                    others = _tokens(i)
+                    others = tokens_of(i)
                     scores = product((key_t, transposed(q_s.at[i])))
-                    masks = _masks(rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True) if decayed else []
-                    factor = _mean(masks) if decayed else None
+                    masks = masks_between(rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True) if decayed else []
+                    factor = mean(masks) if decayed else None
                     if layout.normalize:
-                        scale = columns_of(along_columns(scale_s.at[others]), _SQUARE)
+                        scale = columns_of(along_columns(scale_s.at[others]), SQUARE)
                         factor = factor * scale if decayed else scale
                     masked = scores if factor is None else scores * factor
-                    _accumulate(d_value, masked, d_s.at[i], left_s, warpgroup)
+                    accumulate(d_value, masked, d_s.at[i], left_s, warpgroup)
                     d_masked = product((value_t, transposed(d_s.at[i])))
-                    d_masked = d_masked + columns_of(along_columns(shift_s.at[others]), _SQUARE)
+                    d_masked = d_masked + columns_of(along_columns(shift_s.at[others]), SQUARE)
                     d_score = d_masked if factor is None else d_masked * factor
-                    _accumulate(d_key, d_score, q_s.at[i], left_s, warpgroup)
+                    accumulate(d_key, d_score, q_s.at[i], left_s, warpgroup)
                     for n, mask in enumerate(masks):
                         entry = d_score
                         if layout.scans > 1:
                             entry = d_masked * mask * (1 / layout.scans)
                             entry = entry * scale if layout.normalize else entry
-                        sides = _by_side(entry * scores, rows_s, n, i, j, layout, diagonal=diagonal, keys_in_rows=True)
-                        sums[n] = [_plus(x, y) for x, y in zip(sums[n], sides, strict=True)]
+                        sides = by_side(entry * scores, rows_s, n, i, j, layout, diagonal=diagonal, keys_in_rows=True)
+                        sums[n] = [plus(x, y) for x, y in zip(sums[n], sides, strict=True)]
                 return d_key[...], d_value[...], sums
 
-            d_key, d_value, sums = pl.run_scoped(main, plgpu.ACC(_SQUARE, _F32), plgpu.ACC(_SQUARE, _F32))
+            d_key, d_value, sums = pl.run_scoped(main, plgpu.ACC(SQUARE, F32), plgpu.ACC(SQUARE, F32))
             store(d_key, outputs[1], j, warpgroup)
             store(d_value, outputs[2], j, warpgroup)
             for n, (below, above) in enumerate(sums):
@@ -419,25 +264,25 @@ def _backward_kernel(
             for part in range(2 * layout.scans if decayed else 0):
                 plgpu.copy_smem_to_gmem(parts_s.at[part, tokens], outputs[3].at[part, b, h, tokens])
 
-        _own_tiles(layout, queries)
+        own_tiles(layout, queries)
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
-        _own_tiles(layout, keys)
+        own_tiles(layout, keys)
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = [jax.ShapeDtypeStruct(x.shape, _BF16) for x in (q, k, v)]
+    out_type = [jax.ShapeDtypeStruct(x.shape, BF16) for x in (q, k, v)]
     if decayed:
-        out_type.append(jax.ShapeDtypeStruct((2 * layout.scans, layout.batch, layout.heads, whole), _F32))
+        out_type.append(jax.ShapeDtypeStruct((2 * layout.scans, layout.batch, layout.heads, whole), F32))
     scratch = {
         **{name: tile(layout.tiles, TILE, SIZE) for name in ("q_s", "k_s", "v_s", "d_s")},
-        "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), _F32),
-        "queries_s": plgpu.SMEM((2, whole), _F32),
-        "parts_s": plgpu.SMEM((2 * layout.scans if decayed else 1, whole), _F32),
-        "out_s": tile(layout.warpgroups, *_SQUARE),
+        "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), F32),
+        "queries_s": plgpu.SMEM((2, whole), F32),
+        "parts_s": plgpu.SMEM((2 * layout.scans if decayed else 1, whole), F32),
+        "out_s": tile(layout.warpgroups, *SQUARE),
         "loaded": plgpu.Barrier(num_arrivals=4 * layout.tiles + len(operands) - 4),
         "met": plgpu.Barrier(num_arrivals=layout.warpgroups),
     }
-    return _call(body, "backward", layout, tuple(out_type), scratch, *operands)
+    return call(body, "backward", layout, layout.grid, tuple(out_type), scratch, *operands)
 
 
 # The differentiable function.
@@ -473,7 +318,7 @@ def attention(
     before, through = one_sided_min(scans, positions, direction, heads)
     in_order = len(positions) == 1 and direction == "both" and np.array_equal(positions[0], np.arange(time))
     places = np.zeros((0, time), int) if before is None else np.stack(positions)
-    fill = [(0, 0), (0, -time % _COPY), (0, 0)]
+    fill = [(0, 0), (0, -time % COPY), (0, 0)]
     q, k, v = (jnp.pad(x, [*fill, (0, SIZE - x.shape[-1])]) for x in (q, k, v))
     if before is not None:
         before, through = (jnp.pad(x, [(0, 0)] * 3 + [fill[1]], mode="edge") for x in (before, through))
@@ -498,7 +343,7 @@ def _layout(q: jax.Array, before: jax.Array | None, static: Static) -> Layout:
     batch, time, heads, _ = q.shape
     scans = 0 if before is None else before.shape[2]
     shared = before is not None and before.shape[0] == 1 and batch > 1
-    return Layout(batch, time, heads, scans, static.in_order, shared, static.normalize, static.interpret)
+    return Layout(batch, time, heads, scans, static.in_order, shared, static.normalize, _WARPGROUPS, static.interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -511,16 +356,16 @@ def _attention(
 
 def _forward(q, k, v, before, through, static):
     layout = _layout(q, before, static)
-    rows = None if before is None else _rows(before, through, np.array(static.positions), layout)
+    rows = None if before is None else numbers_of(before, through, np.array(static.positions), layout)
     return _forward_kernel(q, k, v, rows, layout=layout), (q, k, v, before, through)
 
 
 def _backward(static, residuals, cotangents):
     q, k, v, before, through = residuals
     layout = _layout(q, before, static)
-    rows = None if before is None else _rows(before, through, np.array(static.positions), layout)
+    rows = None if before is None else numbers_of(before, through, np.array(static.positions), layout)
     d_output, d_row_sum = (cotangents, None) if static.normalize else cotangents
-    d_q, d_k, d_v, *parts = _backward_kernel(q, k, v, rows, d_output.astype(_BF16), d_row_sum, layout=layout)
+    d_q, d_k, d_v, *parts = _backward_kernel(q, k, v, rows, d_output.astype(BF16), d_row_sum, layout=layout)
     if before is None:
         return d_q, d_k, d_v, None, None
     parts = parts[0].reshape(layout.scans, 2, layout.batch, layout.heads, -1)[..., : layout.time]

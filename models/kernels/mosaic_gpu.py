@@ -72,6 +72,19 @@ def product(*pairs: tuple[Any, Any]) -> jax.Array:
     return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
 
+def products(*pairs: tuple[Any, Any], meanwhile: Callable[[], Any] = lambda: None) -> tuple[list[jax.Array], Any]:
+    """Products of tiles in shared memory, float32, and what `meanwhile` computes while they run."""
+
+    def body(*accumulators: Any) -> tuple[list[jax.Array], Any]:
+        for accumulator, pair in zip(accumulators, pairs, strict=True):
+            issue(accumulator, pair)
+        other = meanwhile()
+        waits = reversed(range(len(pairs)))
+        return [plgpu.wgmma_accumulator_load(x, wait_n=n) for x, n in zip(accumulators, waits, strict=True)], other
+
+    return scoped(body, *((a.shape[0], b.shape[1]) for a, b in pairs))
+
+
 def kernel(body: Callable, name: str, interpret: Any, **options: Any) -> Callable:
     """A kernel with Lane semantics: the search for layouts of the other semantics does not end on large kernels."""
     body.__name__ = name
