@@ -53,8 +53,6 @@ class Layout(NamedTuple):
     def warpgroups(self) -> int:
         """Warpgroups that compute in a block of a sweep; one with few heads, or where keys leave no room for two."""
         groups = self.value_dim // COLUMNS
-        """Warpgroups that compute in a block of a sweep; one with few heads, or where keys leave no room for two."""
-        groups = self.value_dim // COLUMNS
         return 2 if groups % 2 == 0 and self.dim <= 128 and self.batch * self.heads * groups > MULTIPROCESSORS else 1
 
     @property
