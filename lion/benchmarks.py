@@ -28,6 +28,8 @@ PATCH = 16
 CLASSES = 1000
 SCORES = 2**36
 """Bytes of scores that are tried; the search for the fastest product alone needs several times as many."""
+SHARED_SCORES = 2**32
+"""Bytes of scores up to which a case shares the GPU's memory with others while they compile."""
 UNTIMED = "not timed"
 """What is said of a case that is only compiled."""
 UNMEASURED = "not measured"
@@ -127,8 +129,9 @@ def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_
     Args:
       cases: what to measure.
       repeats: runs of each, at most.
-      workers: processes that compile side by side; they are timed one after another when all have done so, and what
-        failed is tried once more alone. With one, there is no other process than this.
+      workers: processes that compile side by side; they are timed one after another when all have done so. What
+        holds all its scores comes last and alone, and what failed is tried once more alone. With one, there is no
+        other process than this.
       seconds_a_case: after which no further run is begun.
     """
     results: dict[int, Measured] = {}
@@ -140,9 +143,11 @@ def run_cases(cases: Sequence[Case], *, repeats: int, workers: int = 1, seconds_
             print(f"   {place + 1} of {len(cases)}: {one.summary()}", flush=True)
 
     places = range(len(cases))
+    small = [place for place in places if cases[place].scores <= SHARED_SCORES]
+    waves = [small[first : first + workers] for first in range(0, len(small), workers)]
     try:
-        for first in places[::workers]:
-            run(places[first : first + workers])
+        for wave in [*waves, *([place] for place in places if place not in small)]:
+            run(wave)
         for place in places if workers > 1 else ():
             if results[place].unexpected:  # perhaps the others held the memory
                 run([place])
