@@ -89,7 +89,7 @@ def test_any_chunk_size(chunk_size):
 @pytest.mark.parametrize("name", ["chunked", "recurrent"])
 def test_two_halves_equal_the_whole(name):
     problem = arguments(Case(time=100, dim=16, value_dim=8, gated=True))
-    run = partial(delta_rule, implementation=name)
+    run = jax.jit(partial(delta_rule, implementation=name))
     output, state = run(**problem)
     carried = problem.pop("initial_state")
     halves = []
@@ -102,13 +102,14 @@ def test_two_halves_equal_the_whole(name):
 
 def test_prompt_then_steps_equal_the_whole():
     problem = arguments(Case(time=70, dim=16, value_dim=8, gated=True), l2_normalize=True)
-    output, state = delta_rule(**problem)
     options = {"l2_normalize": problem.pop("l2_normalize")}
+    run, run_step = (jax.jit(partial(function, **options)) for function in (delta_rule, delta_rule_step))
+    output, state = run(**problem)
     prompt = {name: x[:, :65] for name, x in problem.items() if name != "initial_state"}
-    _, carried = delta_rule(**prompt, initial_state=problem.pop("initial_state"), **options)
+    _, carried = run(**prompt, initial_state=problem.pop("initial_state"))
     for t in range(65, 70):
         token = {name: x[:, t] for name, x in problem.items()}
-        step, carried = delta_rule_step(**token, initial_state=carried, **options)
+        step, carried = run_step(**token, initial_state=carried)
         np.testing.assert_allclose(step, output[:, t], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(carried, state, rtol=1e-5, atol=1e-5)
 
@@ -131,8 +132,8 @@ def test_vmap_equals_a_loop():
         return (output**2).sum() + state.sum()
 
     inner = {name: x[:, None] for name, x in problem.items()}  # each row of the batch becomes a batch of one
-    mapped = jax.vmap(jax.grad(loss))(inner)
-    for name, wanted in jax.grad(loss)(problem).items():
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(inner)
+    for name, wanted in jax.jit(jax.grad(loss))(problem).items():
         np.testing.assert_allclose(mapped[name][:, 0], wanted, rtol=1e-4, atol=1e-5, err_msg=name)
 
 

@@ -26,7 +26,8 @@ def test_the_loss_in_chunks_is_the_loss():
     batch = task.batch(jax.random.key(1), jnp.int32(3))
 
     def value_and_gradient(task):
-        return nnx.value_and_grad(lambda model: task.loss(model, batch, jax.random.key(0))[0])(model)
+        loss = nnx.value_and_grad(lambda model, batch: task.loss(model, batch, jax.random.key(0))[0])
+        return nnx.jit(loss)(model, batch)
 
     for ours, theirs in zip(*map(jax.tree.leaves, map(value_and_gradient, (chunked, task))), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
@@ -71,9 +72,9 @@ def test_forms():
 def test_evaluators():
     task = make_task(validation_prompts=64)
     model = task.init(jax.random.key(0))
-    results = {name: evaluate(model, jax.random.key(0)) for name, evaluate in task.evaluators().items()}
+    results = {name: nnx.jit(evaluate)(model, jax.random.key(0)) for name, evaluate in task.evaluators().items()}
     assert set(results["structure"]) == {"xx", "xy", "yx", "yy"}
-    again = task.evaluators()["validation"](model, jax.random.key(1))
+    again = nnx.jit(task.evaluators()["validation"])(model, jax.random.key(1))
     assert results["validation"]["loss"] == again["loss"]  # one fixed set for all seeds
 
 

@@ -154,9 +154,9 @@ def test_the_corpus_task():
         questions=8,
     )
     model, batch = task.init(jax.random.key(0)), task.batch(jax.random.key(0), 0)
-    loss, _ = task.loss(model, batch, jax.random.key(0))
+    loss, _ = nnx.jit(task.loss)(model, batch, jax.random.key(0))
     assert float(loss) == pytest.approx(np.log(task.facts.vocabulary), rel=0.05)
-    results = {name: evaluate(model, jax.random.key(0)) for name, evaluate in task.evaluators().items()}
+    results = {name: nnx.jit(evaluate)(model, jax.random.key(0)) for name, evaluate in task.evaluators().items()}
     assert 0 <= results["recall"]["accuracy"] <= 1
     assert results["stated"]["loss"] > 0
 
@@ -169,9 +169,10 @@ def test_the_in_context_model_reads_only_what_came_before():
         examples=5,
     )
     model, batch = task.init(jax.random.key(0)), task.batch(jax.random.key(1), jnp.int32(0))
-    scores = nnx.jit(lambda model, x, y: model(x, y))(model, *batch)
+    run = nnx.jit(lambda model, x, y: model(x, y))
+    scores = run(model, *batch)
     assert scores.shape == (4, 6)
-    changed = model(batch.x, batch.y.at[:, 3].multiply(-1))
+    changed = run(model, batch.x, batch.y.at[:, 3].multiply(-1))
     np.testing.assert_allclose(changed[:, :4], scores[:, :4], atol=1e-6)
     assert np.abs(changed[:, 4:] - scores[:, 4:]).max() > 1e-6
     hijack = sample_hijack(jax.random.key(2), sample_tasks(jax.random.key(3), 3, 0.1, 7), 0.1)
