@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument(
         "--keep_recorded",
         action="store_true",
-        help="train only what the result's JSON does not hold yet: goes on with a table from another machine",
+        help="do not train again what the result's JSON holds, where an entry needs no more than its metrics: goes on "
+        "with a table from another machine",
     )
     options = parser.parse_args()
     entries = find_entries()

@@ -121,7 +121,7 @@ class Context:
         if finished is None and recorded is not None and not differences(json.dumps(recorded["config"]), resolved):
             self.runs[name] = Run(resolved, workdir, recorded=recorded)
             return recorded["metrics"]
-        if self.leaves_out(name):
+        if finished is None and self._finished_only:
             return None
         loop.claim_workdir(workdir, resolved)
         self.runs[name] = Run(resolved, workdir)

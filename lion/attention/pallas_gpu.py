@@ -33,8 +33,10 @@ from lion.attention.hopper.tiles import (
     TIME,
     Layout,
     accumulate,
+    by_columns,
     by_side,
     call,
+    compiled_once,
     copy_in,
     inverse,
     masks_between,
@@ -42,14 +44,14 @@ from lion.attention.hopper.tiles import (
     numbers_of,
     of_head,
     own_tiles,
+    padded,
     plus,
+    shared_tiles,
     tokens_of,
 )
 from models.kernels import mosaic_gpu as mgpu
 from models.kernels.mosaic_gpu import (
-    along_columns,
     along_rows,
-    columns_of,
     product,
     rows_of,
     scale_rows,
@@ -76,11 +78,7 @@ def refusal(dtype: jnp.dtype, time: int, dim: int, value_dim: int) -> str | None
     return None
 
 
-# A function of its own in the program: the layers of a model share one kernel, which takes seconds to lower.
-_compiled_once = partial(jax.jit, static_argnames="layout")
-
-
-@_compiled_once
+@compiled_once
 def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | None, layout: Layout) -> Any:
     """The normalised output, like `v`; or numerators in float32 and row sums `[batch, heads, whole tiles]`."""
     whole = layout.tiles * TILE
@@ -131,7 +129,7 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
         sums = jax.ShapeDtypeStruct((layout.batch, layout.heads, whole), F32)
         out_type = (jax.ShapeDtypeStruct(v.shape, F32), sums)
     scratch = {
-        **{name: tile(layout.tiles, TILE, SIZE) for name in ("q_s", "k_s", "v_s")},
+        **shared_tiles(layout, "q_s", "k_s", "v_s"),
         "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), F32),
         "sums_s": plgpu.SMEM((whole,), F32),
         "parts_s": None if layout.normalize else tile(layout.warpgroups, *SQUARE, dtype=F32),
@@ -140,7 +138,7 @@ def _forward_kernel(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array | 
     return call(body, "forward", layout, layout.grid, out_type, scratch, q, k, v, *([rows] if decayed else []))
 
 
-@_compiled_once
+@compiled_once
 def _backward_kernel(
     q: jax.Array,
     k: jax.Array,
@@ -214,7 +212,7 @@ def _backward_kernel(
 
             d_query, sums = pl.run_scoped(main, plgpu.ACC(SQUARE, F32))
             if layout.normalize:
-                d_query = d_query * rows_of(scale, SQUARE)
+                d_query = scale_rows(d_query, scale)
                 sums = [[x * scale for x in sides] for sides in sums]
             store(d_query, outputs[0], i, warpgroup)
             for n, (below, above) in enumerate(sums):
@@ -235,12 +233,12 @@ def _backward_kernel(
                     masks = masks_between(rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True) if decayed else []
                     factor = mean(masks) if decayed else None
                     if layout.normalize:
-                        scale = columns_of(along_columns(scale_s.at[others]), SQUARE)
+                        scale = by_columns(scale_s.at[others])
                         factor = factor * scale if decayed else scale
                     masked = scores if factor is None else scores * factor
                     accumulate(d_value, masked, d_s.at[i], left_s, warpgroup)
                     d_masked = product((value_t, transposed(d_s.at[i])))
-                    d_masked = d_masked + columns_of(along_columns(shift_s.at[others]), SQUARE)
+                    d_masked = d_masked + by_columns(shift_s.at[others])
                     d_score = d_masked if factor is None else d_masked * factor
                     accumulate(d_key, d_score, q_s.at[i], left_s, warpgroup)
                     for n, mask in enumerate(masks):
@@ -274,7 +272,7 @@ def _backward_kernel(
     if decayed:
         out_type.append(jax.ShapeDtypeStruct((2 * layout.scans, layout.batch, layout.heads, whole), F32))
     scratch = {
-        **{name: tile(layout.tiles, TILE, SIZE) for name in ("q_s", "k_s", "v_s", "d_s")},
+        **shared_tiles(layout, "q_s", "k_s", "v_s", "d_s"),
         "rows_s": plgpu.SMEM((layout.rows if decayed else 1, whole), F32),
         "queries_s": plgpu.SMEM((2, whole), F32),
         "parts_s": plgpu.SMEM((2 * layout.scans if decayed else 1, whole), F32),
@@ -318,11 +316,11 @@ def attention(
     before, through = one_sided_min(scans, positions, direction, heads)
     in_order = len(positions) == 1 and direction == "both" and np.array_equal(positions[0], np.arange(time))
     places = np.zeros((0, time), int) if before is None else np.stack(positions)
-    fill = [(0, 0), (0, -time % COPY), (0, 0)]
-    q, k, v = (jnp.pad(x, [*fill, (0, SIZE - x.shape[-1])]) for x in (q, k, v))
+    q, k, v = padded(q, k, v)
+    fill = (0, -time % COPY)
     if before is not None:
-        before, through = (jnp.pad(x, [(0, 0)] * 3 + [fill[1]], mode="edge") for x in (before, through))
-    places = np.pad(places, ((0, 0), fill[1]), constant_values=time)
+        before, through = (jnp.pad(x, [(0, 0)] * 3 + [fill], mode="edge") for x in (before, through))
+    places = np.pad(places, ((0, 0), fill), constant_values=time)
     static = Static(tuple(map(tuple, places.tolist())), in_order and before is not None, normalize, interpret)
     result = _attention(q, k, v, before, through, static)
     if normalize:

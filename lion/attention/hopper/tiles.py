@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,9 @@ TILE = 64  # the smallest number of rows of the matrix unit
 COPY = 8  # rows of device memory that a copy moves at least
 F32, BF16 = jnp.float32, jnp.bfloat16
 SQUARE = (TILE, TILE)
+
+# A function of its own in the program: the layers of a model share one kernel, which takes seconds to lower.
+compiled_once = partial(jax.jit, static_argnames="layout")
 
 
 class Layout(NamedTuple):
@@ -60,9 +64,24 @@ class Layout(NamedTuple):
         return lax.rem(own + offset, jnp.int32(self.tiles))
 
 
+def padded(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays `[batch, time, heads, size]` with zeros up to whole copies of tokens, and up to `SIZE`."""
+    return [jnp.pad(x, [(0, 0), (0, -x.shape[1] % COPY), (0, 0), (0, SIZE - x.shape[-1])]) for x in arrays]
+
+
 def tokens_of(index: Any) -> Any:
     """Those of a tile."""
     return pl.ds(index * TILE, TILE)
+
+
+def shared_tiles(layout: Layout, *names: str) -> dict[str, Any]:
+    """Shared memory for arrays of a head, `[tiles, TILE, SIZE]` each."""
+    return {name: tile(layout.tiles, TILE, SIZE) for name in names}
+
+
+def by_columns(vector: Any) -> jax.Array:
+    """The matrix all of whose rows are a vector in shared memory."""
+    return columns_of(along_columns(vector), SQUARE)
 
 
 # The mask. `rows` is a reference to the numbers per token, [rows, time] in shared memory.
@@ -98,7 +117,7 @@ def masks_between(
         part = rows.at[row, tokens_of(i if queries else j)]
         if queries != keys_in_rows:
             return rows_of(along_rows(part), SQUARE)
-        return columns_of(along_columns(part), SQUARE)
+        return by_columns(part)
 
     if layout.in_order and not diagonal:
         of_query, of_key = jnp.where(i > j, 2, 4), jnp.where(i > j, 3, 5)
@@ -133,7 +152,7 @@ def by_side(
         row_tile, column_tile = (j, i) if keys_in_rows else (i, j)
         place = 2 * layout.scans + n
         row = rows_of(along_rows(rows.at[place, tokens_of(row_tile)]), SQUARE)
-        column = columns_of(along_columns(rows.at[place, tokens_of(column_tile)]), SQUARE)
+        column = by_columns(rows.at[place, tokens_of(column_tile)])
     sides = (column > row, column < row) if keys_in_rows else (row > column, row < column)
     return [jnp.where(side, x, 0.0).sum(axis=1) for side in sides]
 

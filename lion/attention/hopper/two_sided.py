@@ -24,7 +24,6 @@ from lion.attention.block import chunks
 from lion.attention.decay import cumulative, rounded
 from lion.attention.hopper.tiles import (
     BF16,
-    COPY,
     F32,
     SIZE,
     SQUARE,
@@ -32,23 +31,25 @@ from lion.attention.hopper.tiles import (
     TIME,
     Layout,
     accumulate,
+    by_columns,
     by_side,
     call,
+    compiled_once,
     copy_in,
     inverse,
     masks_between,
     numbers_of,
     of_head,
     own_tiles,
+    padded,
     plus,
+    shared_tiles,
     tokens_of,
 )
 from models.kernels import mosaic_gpu as mgpu
 from models.kernels.mosaic_gpu import (
     Sum,
-    along_columns,
     along_rows,
-    columns_of,
     load,
     products,
     rows_of,
@@ -66,8 +67,6 @@ LEFT, RIGHT = SIDES = (0, 1)
 _WARPGROUPS = 1  # of a block, so that two blocks have registers on a multiprocessor: one computes, one copies
 _STAGES = 3  # tiles of a sweep that are copied or in use
 _WEIGHTS = 8  # the fewest columns of a product
-
-_compiled_once = partial(jax.jit, static_argnames="layout")
 
 
 def serves_chunk(chunk: int) -> bool:
@@ -208,14 +207,9 @@ def _key_factor(rows: Any, j: Any, side: int, layout: Layout) -> jax.Array:
     return jnp.exp2(along_rows(rows.at[1, tokens_of(j)]))
 
 
-def _by_columns(vector: Any) -> jax.Array:
-    """The matrix all of whose rows are a vector in shared memory."""
-    return columns_of(along_columns(vector), SQUARE)
-
-
 def _read(tile_s: Any, vector: Any) -> jax.Array:
     """The product of a tile's rows with a vector in shared memory, float32, along rows."""
-    return (load(tile_s) * _by_columns(vector)).sum(axis=1)
+    return (load(tile_s) * by_columns(vector)).sum(axis=1)
 
 
 def _of_sides(array: Any, target: Any) -> list[tuple[Any, Any]]:
@@ -237,10 +231,6 @@ def _along_rows(number: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full((TILE,), number, F32), plgpu.Layout.WGMMA.reduce(1))
 
 
-def _shared_tiles(layout: Layout, *names: str) -> dict[str, Any]:
-    return {name: tile(layout.tiles, TILE, SIZE) for name in names}
-
-
 def _shared_states() -> Any:
     return tile(len(SIDES), SIZE, SIZE)
 
@@ -249,7 +239,7 @@ def _shared_sums() -> Any:
     return plgpu.SMEM((len(SIDES), SIZE), F32)
 
 
-@_compiled_once
+@compiled_once
 def _output_kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, states: jax.Array, sums: jax.Array, layout: Layout
 ) -> jax.Array:
@@ -289,7 +279,7 @@ def _output_kernel(
         plgpu.wait_smem_to_gmem(0)
 
     scratch = {
-        **_shared_tiles(layout, "q_s", "k_s", "v_s"),
+        **shared_tiles(layout, "q_s", "k_s", "v_s"),
         "rows_s": plgpu.SMEM((layout.rows, layout.time), F32),
         "states_s": _shared_states(),
         "sums_s": _shared_sums(),
@@ -300,7 +290,7 @@ def _output_kernel(
     return call(body, "output", layout, grid, out_type, scratch, q, k, v, rows, states, sums)
 
 
-@_compiled_once
+@compiled_once
 def _queries_kernel(
     q: jax.Array,
     k: jax.Array,
@@ -355,7 +345,7 @@ def _queries_kernel(
                 scale = inverse(row_sum)
                 shift = -inner * scale
             for side, factor in zip(SIDES, factors, strict=True):
-                from_states += scale_rows(_by_columns(sums_s.at[side]), shift * factor)
+                from_states += scale_rows(by_columns(sums_s.at[side]), shift * factor)
 
             def main(accumulator: Any) -> tuple[jax.Array, list[jax.Array]]:
                 d_query, sides = Sum(accumulator, from_states, layout.interpret), [None, None]
@@ -391,7 +381,7 @@ def _queries_kernel(
     count = states.shape[3]
     of_tokens = (layout.batch, layout.heads, count * layout.time)
     scratch = {
-        **_shared_tiles(layout, "q_s", "k_s", "v_s", "d_s"),
+        **shared_tiles(layout, "q_s", "k_s", "v_s", "d_s"),
         "rows_s": plgpu.SMEM((layout.rows, layout.time), F32),
         "states_s": _shared_states(),
         "sums_s": _shared_sums(),
@@ -408,7 +398,7 @@ def _queries_kernel(
     return call(body, "queries", layout, grid, out_type, scratch, q, k, v, d_output, rows, states, sums)
 
 
-@_compiled_once
+@compiled_once
 def _keys_kernel(
     q: jax.Array,
     k: jax.Array,
@@ -457,7 +447,7 @@ def _keys_kernel(
             for side in SIDES:
                 factor, d_state = _key_factor(rows_s, j, side, layout), d_states_s.at[side]
                 (of_value, of_key), _ = products((value_t, transposed(d_state)), (key_t, d_state))
-                d_entering = scale_rows(of_value + _by_columns(d_sums_s.at[side]), factor)
+                d_entering = scale_rows(of_value + by_columns(d_sums_s.at[side]), factor)
                 of_factors.append((load(key_t) * d_entering).sum(axis=1))
                 key_start = plus(key_start, d_entering)
                 value_start = plus(value_start, scale_rows(of_key, factor))
@@ -468,7 +458,7 @@ def _keys_kernel(
                 sums, sides = [Sum(*start, layout.interpret) for start in starts], [None, None]
                 for offset in range(layout.tiles):
                     i, diagonal = layout.other(j, offset), not offset
-                    scale, shift = (_by_columns(scaling_s.at[row, tokens_of(i)]) for row in range(2))
+                    scale, shift = (by_columns(scaling_s.at[row, tokens_of(i)]) for row in range(2))
                     mask = partial(masks_between, rows_s, i, j, layout, diagonal=diagonal, keys_in_rows=True)
                     pairs = (value_t, transposed(d_s.at[i])), (key_t, transposed(q_s.at[i]))
                     (d_masked, scores), (mask,) = products(*pairs, meanwhile=mask)
@@ -506,7 +496,7 @@ def _keys_kernel(
     count = received[0].shape[3]
     of_heads = (layout.batch, layout.heads, count)
     scratch = {
-        **_shared_tiles(layout, "q_s", "k_s", "v_s", "d_s"),
+        **shared_tiles(layout, "q_s", "k_s", "v_s", "d_s"),
         "rows_s": plgpu.SMEM((layout.rows, layout.time), F32),
         "scaling_s": plgpu.SMEM((2, layout.time), F32),
         "parts_s": plgpu.SMEM((3, layout.time), F32),
@@ -559,8 +549,7 @@ def two_sided(
       Like `v`.
     """
     time, value_dim = q.shape[1], v.shape[-1]
-    fill = [(0, 0), (0, -time % COPY), (0, 0)]
-    q, k, v = (jnp.pad(x, [*fill, (0, SIZE - x.shape[-1])]) for x in (q, k, v))
+    q, k, v = padded(q, k, v)
     before, through = (x.value()[..., 0] for x in cumulative(chunks(log_decay, chunk)))
     return _two_sided(q, k, v, before, through, Static(normalize, interpret))[:, :time, :, :value_dim]
 
