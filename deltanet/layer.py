@@ -30,7 +30,7 @@ def _unit_sum(x: jax.Array) -> jax.Array:
 
 
 KEY_NORMS = {"l2": lambda x: x, "l1": _unit_sum}
-"""Of queries and keys, before the op; "l2" is the op's own."""
+"""Of queries and keys, before the op; "l2" is the op's own, or the convolution's."""
 
 
 class DeltaNet(RecurrentMixer):
@@ -60,16 +60,21 @@ class DeltaNet(RecurrentMixer):
         rngs: nnx.Rngs,
         **shared,
     ):
-        super().__init__(width, heads=heads, convolution=convolution, rngs=rngs, **shared)
         self.feature_map = choose(FEATURE_MAPS, feature_map, "feature_map")
-        self.key_norm, self.l2_normalize = choose(KEY_NORMS, key_norm, "key_norm"), key_norm == "l2"
+        self.key_norm = choose(KEY_NORMS, key_norm, "key_norm")
+        # With SiLU for all channels, the convolution does it, and the norms, in the same pass.
+        fused = convolution > 0 and feature_map == "silu"
+        options = {"convolution": convolution, "silu": fused, "unit_keys": fused and key_norm == "l2"}
+        super().__init__(width, heads=heads, rngs=rngs, **options, **shared)
+        self.l2_normalize = key_norm == "l2" and not options["unit_keys"]
         self.beta_limit = 2.0 if negative_eigenvalues else 1.0
         self.implementation = implementation
         self.beta = Linear(width, heads, rngs=rngs)
 
     def activate(self, q, k, v):
-        q, k = (self.feature_map(x) for x in (q, k))
-        return q, k, jax.nn.silu(v)
+        if self.convolution and self.convolution.silu:
+            return q, k, v
+        return self.feature_map(q), self.feature_map(k), jax.nn.silu(v)
 
     def log_decay(self, x: jax.Array) -> jax.Array | None:
         """[..., heads] for tokens [..., width]; None is no decay."""

@@ -4,15 +4,16 @@ So the dtype of the embedded tokens is that of the whole model, while parameters
 rounding would be felt, compute in float32 at least.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from models.short_convolution import Part, finish, short_convolution
 from training.errors import UserError, nearest
-from training.sharding import gathered
+from training.sharding import gathered, over_examples
 
 INIT = nnx.initializers.normal(0.02)
 
@@ -123,71 +124,38 @@ def choose(table: dict, name: str, what: str):
     return table[name]
 
 
-def shifted(x: jax.Array, steps: int) -> jax.Array:
-    """`x` [batch, time, ...] as it was `steps` tokens before; zeros come in."""
-    if steps == 0:
-        return x
-    return jnp.pad(x, [(0, 0), (steps, 0)] + [(0, 0)] * (x.ndim - 2))[:, : x.shape[1]]
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    y = x * kernel[-1]
-    for steps in range(1, len(kernel)):
-        past = shifted(x, steps)
-        if segment_ids is not None:
-            past = jnp.where((shifted(segment_ids, steps) == segment_ids)[..., None], past, 0)
-        y = y + past * kernel[-1 - steps]
-    return y
-
-
-@jax.custom_vjp
-def _convolution(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """`_convolve`, whose backward sums over tokens in a pass of its own: joined to the one that writes d_x, both take
-    half as long again."""
-    return _convolve(x, kernel, segment_ids)
-
-
-def _convolution_forward(x, kernel, segment_ids):
-    return _convolve(x, kernel, segment_ids), (x, kernel, segment_ids)
-
-
-def _convolution_backward(residuals, d_y):
-    x, kernel, segment_ids = residuals
-    _, backward = jax.vjp(lambda x, kernel: _convolve(x, kernel, segment_ids), x, kernel)
-    return backward(d_y)[0], backward(jax.lax.optimization_barrier(d_y))[1], None
-
-
-_convolution.defvjp(_convolution_forward, _convolution_backward)
-
-
 class ShortConvolution(nnx.Module):
-    """A causal convolution of each channel on its own: token t sees tokens t - size + 1 to t of its segment. No bias.
+    """A causal convolution of each channel on its own, and what follows it: see `models.short_convolution`. No bias.
+
+    Token t sees tokens t - size + 1 to t of its segment.
 
     Args:
-      channels: of the input.
+      parts: of the result, together all channels.
       size: tokens that an output sees.
+      silu: whether SiLU follows.
     """
 
-    def __init__(self, channels: int, size: int = 4, *, rngs: nnx.Rngs):
-        self.size, self.channels = size, channels
-        self.kernel = nnx.Param(INIT(rngs.params(), (size, channels)))
+    def __init__(self, parts: Sequence[Part], size: int = 4, *, silu: bool, rngs: nnx.Rngs):
+        self.size, self.parts, self.silu = size, tuple(parts), silu
+        self.kernel = nnx.Param(INIT(rngs.params(), (size, sum(part.channels for part in parts))))
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """`[batch, time, channels]` to the same; tokens of other segments [batch, time] count as zeros."""
-        return _convolution(x, gathered(self.kernel[...].astype(x.dtype)), segment_ids)
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> list[jax.Array]:
+        """The parts of `[batch, time, channels]`; tokens of other segments [batch, time] count as zeros."""
+
+        def run(x, segment_ids, kernel):
+            return short_convolution(x, kernel, self.parts, segment_ids, silu=self.silu)
+
+        return [kept(part) for part in over_examples(run, x, segment_ids, whole=(gathered(self.kernel[...]),))]
 
     def cache(self, x: jax.Array) -> jax.Array:
         """The last `size - 1` tokens of `x`, zeros in front of short ones, [batch, size - 1, channels]."""
         return jnp.pad(x, ((0, 0), (self.size - 1, 0), (0, 0)))[:, x.shape[1] :]
 
-    def step(self, x: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One token [batch, channels] after those in the cache: the output, and the new cache."""
+    def step(self, x: jax.Array, cache: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """One token [batch, channels] after those in the cache: the parts, and the new cache."""
         seen = jnp.concatenate([cache, x[:, None]], 1)
-        kernel = self.kernel[...].astype(x.dtype)
-        y = x * kernel[-1]
-        for steps in range(1, self.size):
-            y = y + seen[:, -1 - steps] * kernel[-1 - steps]
-        return y, seen[:, 1:]
+        sums = jnp.einsum("btc,tc->bc", seen.astype(wide(x.dtype)), self.kernel[...].astype(wide(x.dtype)))
+        return finish(sums, self.parts, self.silu, x.dtype), seen[:, 1:]
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:

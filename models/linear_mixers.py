@@ -15,6 +15,7 @@ from flax import nnx
 from models.layers import FEATURE_MAPS, Linear, RmsNorm, ShortConvolution, choose, rotate, wide
 from models.linear_attention import linear_attention, linear_attention_step
 from models.recurrent_mixer import Cache, RecurrentMixer, selective_log_decay, step_size_bias
+from models.short_convolution import Part
 from training.errors import UserError
 
 
@@ -151,7 +152,7 @@ class Mamba2(nnx.Module):
             raise UserError(f"{self.values} channels of values do not split into heads of {head_dim}")
         self.heads = self.values // head_dim
         self.project = Linear(width, 2 * self.values + 2 * state + self.heads, rngs=rngs)
-        self.convolution = ShortConvolution(self.values + 2 * state, convolution, rngs=rngs)
+        self.convolution = ShortConvolution((Part(self.values + 2 * state),), convolution, silu=True, rngs=rngs)
         self.step_bias = nnx.Param(step_size_bias(rngs.params(), self.heads))
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1, maxval=16)))
         self.skip = nnx.Param(jnp.ones(self.heads))
@@ -168,14 +169,15 @@ class Mamba2(nnx.Module):
 
     def step(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         gate, u, logits = self._split(x)
-        u, convolution = self.convolution.step(u, cache["convolution"])
+        (u,), convolution = self.convolution.step(u, cache["convolution"])
         values, k, q, written, decay = self._terms(u, logits)
         output, state = linear_attention_step(q, k, written, decay, scale=1.0, initial_state=cache["state"])
         return self._finish(output, values, gate), {"state": state, "convolution": convolution}
 
     def _sequence(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         gate, u, logits = self._split(x)
-        values, k, q, written, decay = self._terms(self.convolution(u, segment_ids), logits)
+        (convolved,) = self.convolution(u, segment_ids)
+        values, k, q, written, decay = self._terms(convolved, logits)
         output, state = linear_attention(q, k, written, decay, scale=1.0, segment_ids=segment_ids)
         return self._finish(output, values, gate), u, state
 
@@ -184,8 +186,8 @@ class Mamba2(nnx.Module):
         return jnp.split(self.project(x), [self.values, 2 * self.values + 2 * self.state], -1)
 
     def _terms(self, u: jax.Array, logits: jax.Array) -> tuple[jax.Array, ...]:
-        """Values, keys, queries, what is written to the state, and log-decays, all by heads."""
-        values, k, q = jnp.split(jax.nn.silu(u), [self.values, self.values + self.state], -1)
+        """Values, keys, queries, what is written to the state, and log-decays, all by heads, after the convolution."""
+        values, k, q = jnp.split(u, [self.values, self.values + self.state], -1)
         values = values.reshape(*values.shape[:-1], self.heads, self.head_dim)
         k, q = (jnp.broadcast_to(z[..., None, :], (*values.shape[:-1], self.state)) for z in (k, q))
         steps, decay = selective_log_decay(logits, self.step_bias[...], self.log_rate[...])

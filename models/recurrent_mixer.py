@@ -9,6 +9,7 @@ Every mixer of a language model, these and `models.causal_attention`, has three 
 A cache is a dict of arrays. Those of the mixers here do not grow with `length`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layers import Linear, RmsNorm, ShortConvolution, kept, wide
+from models.short_convolution import Part
 from training.errors import UserError
 
 Cache = dict[str, Any]
@@ -32,6 +34,8 @@ class RecurrentMixer(nnx.Module):
       expand_k: see `heads`.
       expand_v: see `heads`.
       convolution: tokens that the short convolution sees; 0 is none.
+      silu: whether SiLU follows the convolution.
+      unit_keys: whether the convolution also divides each head's query and key by its norm.
       gate: whether the output is multiplied with `swish(x W_g)`.
       norm_epsilon: of the output's norm, one for each head with a common scale.
     """
@@ -44,6 +48,8 @@ class RecurrentMixer(nnx.Module):
         expand_k: float = 1.0,
         expand_v: float = 1.0,
         convolution: int = 0,
+        silu: bool = True,
+        unit_keys: bool = False,
         gate: bool = False,
         norm_epsilon: float = 1e-6,
         rngs: nnx.Rngs,
@@ -53,14 +59,16 @@ class RecurrentMixer(nnx.Module):
             raise UserError(f"{keys} channels of keys and {values} of values do not split into {heads} heads")
         self.heads, self.keys, self.values = heads, keys, values
         self.qkv = Linear(width, 2 * keys + values, rngs=rngs)
-        self.convolution = ShortConvolution(2 * keys + values, convolution, rngs=rngs) if convolution else None
+        head = keys // heads if unit_keys else None
+        parts = (Part(keys, head), Part(keys, head), Part(values))
+        self.convolution = ShortConvolution(parts, convolution, silu=silu, rngs=rngs) if convolution else None
         self.gate = Linear(width, values, rngs=rngs) if gate else None
         self.norm = RmsNorm(values // heads, norm_epsilon)
         self.out = Linear(values, width, rngs=rngs)
 
     def activate(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What follows the projection, or the convolution if there is one: SiLU after a convolution."""
-        return tuple(jax.nn.silu(x) for x in (q, k, v)) if self.convolution else (q, k, v)
+        """What follows the projection, or the convolution if there is one."""
+        return q, k, v
 
     def recur(
         self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
@@ -100,18 +108,23 @@ class RecurrentMixer(nnx.Module):
         u = self.qkv(x)
         new = {"position": cache["position"] + 1}
         if self.convolution:
-            u, new["convolution"] = self.convolution.step(u, cache["convolution"])
-        output, new["state"] = self.recur_step(x, *self._heads(u), cache)
+            parts, new["convolution"] = self.convolution.step(u, cache["convolution"])
+        else:
+            parts = self._split(u)
+        output, new["state"] = self.recur_step(x, *self._heads(parts), cache)
         return self._finish(x, output), new
 
     def _sequence(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         projected = self.qkv(x)
-        u = kept(self.convolution(projected, segment_ids)) if self.convolution else projected
-        output, state = self.recur(x, *self._heads(u), segment_ids)
+        parts = self.convolution(projected, segment_ids) if self.convolution else self._split(projected)
+        output, state = self.recur(x, *self._heads(parts), segment_ids)
         return self._finish(x, output), projected, state
 
-    def _heads(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        parts = self.activate(*jnp.split(u, [self.keys, 2 * self.keys], -1))
+    def _split(self, u: jax.Array) -> list[jax.Array]:
+        return jnp.split(u, [self.keys, 2 * self.keys], -1)
+
+    def _heads(self, parts: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        parts = self.activate(*parts)
         return tuple(kept(part).reshape(*part.shape[:-1], self.heads, -1) for part in parts)
 
     def _finish(self, x: jax.Array, output: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Where arrays live: data parallelism and fully sharded parameters over one `("data", "fsdp")` mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -86,19 +86,25 @@ def devices_in_use() -> int:
     return max(jax.sharding.get_abstract_mesh().size, 1)
 
 
-def over_examples(function: Callable[..., Any], *arguments: Any) -> Any:
+def over_examples(function: Callable[..., Any], *arguments: Any, whole: Sequence[jax.Array] = ()) -> Any:
     """Calls a function of arrays whose first axes count examples on each device for the examples that it holds.
 
     For kernels, which the compiler cannot divide by itself. Where there are several devices in use, but the number of
     examples cannot be divided by theirs, each device computes all.
+
+    Args:
+      function: of `arguments` and then those of `whole`.
+      *arguments: arrays and trees of arrays; None stays None.
+      whole: arrays that every device has whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if devices_in_use() == 1 or len(jax.tree.leaves(arguments)[0]) % mesh.size:
-        return function(*arguments)
+        return function(*arguments, *whole)
     examples = P(mesh.axis_names)
+    specs = (*(examples for _ in arguments), *(P() for _ in whole))
     # Everything is divided, so there is nothing that the check of replicated values, which kernels fail, could find.
-    run = jax.shard_map(function, mesh=mesh, in_specs=examples, out_specs=examples, check_vma=False)
-    return run(*arguments)
+    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=examples, check_vma=False)
+    return run(*arguments, *whole)
 
 
 def gathered(parameter: jax.Array) -> jax.Array:

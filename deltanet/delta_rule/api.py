@@ -268,4 +268,4 @@ def _choose(problem: _Problem, implementation: str | Sequence[str] | None) -> Ca
     names = (names,) if isinstance(names, str) else tuple(names)
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
         raise ValueError(f"no implementation {unknown[0]!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    return first_that_serves(IMPLEMENTATIONS, names, problem, "delta_rule", _log)
+    return first_that_serves(IMPLEMENTATIONS, names, problem, f"q of shape {problem.q.shape}", "delta_rule", _log)

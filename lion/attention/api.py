@@ -90,7 +90,8 @@ def lion_attention(
         q, k, v = (jnp.where(keep, x, 0) for x in (q, k, v))
     places = [np.arange(q.shape[1])] if orders is None else [np.asarray(order) for order in orders]
     problem = _Problem(q, k, v, decays, places, direction, normalize, padding_mask, form, chunk_size)
-    run = first_that_serves(IMPLEMENTATIONS, _names(implementation), problem, "lion_attention", _log)
+    names, subject = _names(implementation), f"q of shape {q.shape}"
+    run = first_that_serves(IMPLEMENTATIONS, names, problem, subject, "lion_attention", _log)
     return run(problem).astype(q.dtype)
 
 

@@ -11,6 +11,7 @@ def first_that_serves(
     implementations: Mapping[str, tuple[Refusal, Callable[[Any], Any]]],
     names: Sequence[str],
     problem: Any,
+    subject: str,
     op: str,
     log: logging.Logger,
 ) -> Callable[[Any], Any]:
@@ -19,7 +20,8 @@ def first_that_serves(
     Args:
       implementations: name -> why it does not serve a problem, or None; and what runs it.
       names: in the order of preference.
-      problem: the op's checked arguments, with `q`.
+      problem: the op's checked arguments.
+      subject: what they are, for the error: one of them and its shape.
       op: its name, for the log.
       log: where to.
 
@@ -33,9 +35,7 @@ def first_that_serves(
             log.debug("%s runs %s; %s", op, name, "; ".join(reasons) or "it is the first choice")
             return run
         reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(
-        f"no implementation serves q of shape {problem.q.shape}: {'; '.join(reasons) or 'none was named'}"
-    )
+    raise NotImplementedError(f"no implementation serves {subject}: {'; '.join(reasons) or 'none was named'}")
 
 
 def serves(problem: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.layers import ShortConvolution, rotate
+from models.layers import rotate
 from training.config import build
 from training.errors import UserError
 
@@ -135,43 +135,6 @@ def test_rotation_depends_on_distances_only():
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
     np.testing.assert_allclose(score(3, 3), (q * k).sum(), rtol=1e-5)
-
-
-def test_convolution_is_causal_correlation():
-    convolution = ShortConvolution(3, 4, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).standard_normal((1, 9, 3)).astype(np.float32)
-    padded = np.pad(x[0], ((3, 0), (0, 0)))
-    wanted = [(padded[t : t + 4] * np.asarray(convolution.kernel[...])).sum(0) for t in range(9)]
-    np.testing.assert_allclose(convolution(jnp.asarray(x))[0], wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_gradient_of_the_convolution(packed):
-    convolution = ShortConvolution(6, 4, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(convolution)
-    x, d = jax.random.normal(jax.random.key(0), (2, 3, 2, 9, 6))  # of three replicas
-    segment_ids = jnp.array([[0] * 5 + [1] * 4, [0] * 9])
-    same = (segment_ids[:, :, None] == segment_ids[:, None]) if packed else jnp.ones((2, 9, 9), bool)
-
-    def convolved(state, x):
-        return nnx.merge(graph, state)(x, segment_ids if packed else None)
-
-    def as_a_matrix(state, x):
-        taps = jnp.stack([jnp.eye(9, k=-steps) for steps in range(4)])
-        matrix = jnp.einsum("sij,sc,bij->bcij", taps, nnx.merge(graph, state).kernel[...][::-1], same)
-        return jnp.einsum("bcij,bjc->bic", matrix, x)
-
-    def results(function):
-        @jax.jit
-        @functools.partial(jax.vmap, in_axes=(None, 0, 0))
-        def run(state, x, d):
-            y, backward = jax.vjp(function, state, x)
-            return y, backward(d)
-
-        return run(state, x, d)
-
-    check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
-    jax.tree.map(check, results(convolved), results(as_a_matrix))
 
 
 @pytest.mark.parametrize(

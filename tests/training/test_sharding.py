@@ -153,20 +153,20 @@ from training.sharding import make_mesh, over_examples
 
 mesh, seen = make_mesh(2, 4), []
 
-def function(x, nothing, y):
+def function(x, nothing, y, w):
     seen.append(x.shape)
-    return jnp.cumsum(x, 1) * y
+    return jnp.cumsum(x, 1) * y + w
 
-def loss(x, y):
+def loss(x, y, w):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return (over_examples(function, x, None, y) ** 2).sum()
+        return (over_examples(function, x, None, y, whole=(w,)) ** 2).sum()
 
 results = []
 for count in (16, 12):
-    x, y = jnp.arange(3.0 * count).reshape(count, 3), jnp.ones((count, 3))
+    x, y, w = jnp.arange(3.0 * count).reshape(count, 3), jnp.ones((count, 3)), jnp.arange(3.0)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found = jax.jit(jax.grad(loss, (0, 1)))(jax.device_put(x, whole), y)
-    wanted = jax.grad(lambda x, y: ((jnp.cumsum(x, 1) * y) ** 2).sum(), (0, 1))(x, y)
+    found = jax.jit(jax.grad(loss, (0, 1, 2)))(jax.device_put(x, whole), y, w)
+    wanted = jax.grad(lambda x, y, w: ((jnp.cumsum(x, 1) * y + w) ** 2).sum(), (0, 1, 2))(x, y, w)
     results.append(all(bool(jnp.allclose(a, b)) for a, b in zip(found, wanted, strict=True)))
 print(json.dumps({"seen": sorted(set(seen)), "right": results}))
 """

@@ -1,0 +1,80 @@
+"""The short convolution in plain JAX, for every device, dtype and length."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NORM_EPSILON = 1e-6  # that of `deltanet.delta_rule`
+
+
+class Part(NamedTuple):
+    """Consecutive channels that come back as one array."""
+
+    channels: int
+    head: int | None = None
+    """So many channels each are divided by their norm, `sqrt(sum(x ** 2) + 1e-6)`; None leaves them as they are."""
+
+
+def finish(u: jax.Array, parts: Sequence[Part], silu: bool, dtype: jnp.dtype) -> list[jax.Array]:
+    """What follows the sums of the convolution, `u`, [..., channels], float32 at least: SiLU, and the norms of heads.
+
+    Returns:
+      The parts, [..., channels of the part], in `dtype`.
+    """
+    if silu:
+        u = jax.nn.silu(u)
+    bounds = [sum(part.channels for part in parts[:i]) for i in range(1, len(parts))]
+    return [_normalized(x, part.head).astype(dtype) for x, part in zip(jnp.split(u, bounds, -1), parts, strict=True)]
+
+
+def _normalized(x: jax.Array, head: int | None) -> jax.Array:
+    if head is None:
+        return x
+    heads = x.reshape(*x.shape[:-1], -1, head)
+    return (heads * jax.lax.rsqrt(jnp.square(heads).sum(-1, keepdims=True) + NORM_EPSILON)).reshape(x.shape)
+
+
+def shifted(x: jax.Array, steps: int) -> jax.Array:
+    """`x` [batch, time, ...] as it was `steps` tokens before; zeros come in."""
+    if steps == 0:
+        return x
+    return jnp.pad(x, [(0, 0), (steps, 0)] + [(0, 0)] * (x.ndim - 2))[:, : x.shape[1]]
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The sums, in the wider of the two dtypes."""
+    y = x * kernel[-1]
+    for steps in range(1, len(kernel)):
+        past = shifted(x, steps)
+        if segment_ids is not None:
+            past = jnp.where((shifted(segment_ids, steps) == segment_ids)[..., None], past, 0)
+        y = y + past * kernel[-1 - steps]
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def xla_short_convolution(
+    x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None, parts: Sequence[Part], silu: bool
+) -> list[jax.Array]:
+    """See `short_convolution`; `kernel` in float32 at least. The backward pass keeps only the arguments."""
+    return finish(_convolve(x, kernel, segment_ids), parts, silu, x.dtype)
+
+
+def _forward(x, kernel, segment_ids, parts, silu):
+    return xla_short_convolution(x, kernel, segment_ids, parts, silu), (x, kernel, segment_ids)
+
+
+def _backward(parts, silu, residuals, d_parts):
+    x, kernel, segment_ids = residuals
+    u, convolve_back = jax.vjp(lambda x, kernel: _convolve(x, kernel, segment_ids), x, kernel)
+    _, finish_back = jax.vjp(lambda u: finish(u, parts, silu, x.dtype), u)
+    # d_u is written once, not computed anew for each token that has a part in it; and a pass of its own sums over
+    # tokens: joined to the one that writes d_x, both take half as long again.
+    d_u, again = jax.lax.optimization_barrier(finish_back(d_parts) * 2)
+    return convolve_back(d_u)[0], convolve_back(again)[1], None
+
+
+xla_short_convolution.defvjp(_forward, _backward)
