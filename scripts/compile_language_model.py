@@ -30,8 +30,9 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from deltanet.delta_rule import api  # noqa: E402
+from deltanet.delta_rule import api as delta_rule  # noqa: E402
 from deltanet.throughput import flops_per_token  # noqa: E402
+from models.short_convolution import api as short_convolution  # noqa: E402
 from training.config import load  # noqa: E402
 from training.provenance import provenance  # noqa: E402
 from training.sharding import check_batch, state_shardings  # noqa: E402
@@ -136,7 +137,8 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     # The choice of kernels looks at the devices that are there; here it is made for those that are not.
-    api.IMPLEMENTATIONS["pallas_gpu"] = (lambda problem: None, api.IMPLEMENTATIONS["pallas_gpu"][1])
+    for op in (delta_rule, short_convolution):
+        op.IMPLEMENTATIONS["pallas_gpu"] = (lambda problem: None, op.IMPLEMENTATIONS["pallas_gpu"][1])
     record = {"command": f"python scripts/{Path(__file__).name}", **provenance(), "steps": {}}
     for (size, devices), accumulate in PROBLEMS.items():
         step = record["steps"][f"{size} on {devices}"] = compile_step(size, devices, accumulate)
