@@ -37,22 +37,18 @@ def _normalized(x: jax.Array, head: int | None) -> jax.Array:
     return (heads * jax.lax.rsqrt(jnp.square(heads).sum(-1, keepdims=True) + NORM_EPSILON)).reshape(x.shape)
 
 
-def shifted(x: jax.Array, steps: int) -> jax.Array:
-    """`x` [batch, time, ...] as it was `steps` tokens before; zeros come in."""
-    if steps == 0:
-        return x
-    return jnp.pad(x, [(0, 0), (steps, 0)] + [(0, 0)] * (x.ndim - 2))[:, : x.shape[1]]
-
-
 def _convolve(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """The sums, in the wider of the two dtypes."""
-    y = x * kernel[-1]
-    for steps in range(1, len(kernel)):
-        past = shifted(x, steps)
-        if segment_ids is not None:
-            past = jnp.where((shifted(segment_ids, steps) == segment_ids)[..., None], past, 0)
-        y = y + past * kernel[-1 - steps]
-    return y
+    time, before = x.shape[1], len(kernel) - 1
+    x = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+    ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (before, 0)))
+    sums = jnp.zeros((), kernel.dtype)
+    for begin, tap in enumerate(kernel):
+        seen = x[:, begin : begin + time]
+        if ids is not None:
+            seen = jnp.where((ids[:, begin : begin + time] == segment_ids)[..., None], seen, 0)
+        sums = sums + seen * tap
+    return sums
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -60,7 +56,8 @@ def xla_short_convolution(
     x: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None, parts: Sequence[Part], silu: bool
 ) -> list[jax.Array]:
     """See `short_convolution`; `kernel` in float32 at least. The backward pass keeps only the arguments."""
-    return finish(_convolve(x, kernel, segment_ids), parts, silu, x.dtype)
+    # Written once: the compiler would rather compute them anew wherever they are read.
+    return jax.lax.optimization_barrier(finish(_convolve(x, kernel, segment_ids), parts, silu, x.dtype))
 
 
 def _forward(x, kernel, segment_ids, parts, silu):
