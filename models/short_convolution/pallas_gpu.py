@@ -4,6 +4,7 @@ What there is to do is to move bytes: forward reads `x` and writes the parts, ba
 gradients and writes `d_x`. A block has 512 channels and runs over `span` tokens, four or eight at a time. A thread
 keeps four channels, and of the tokens before only what the convolution still sees, in registers; a head of 128
 channels is a warp, one of 64 half a warp, so that its norm is a sum over lanes. Nothing goes through shared memory.
+Without heads, 256 channels make a block where 512 do not divide a part.
 
 Backward computes the sums of the convolution again. With `d_u` the gradient of these sums,
 
@@ -28,8 +29,8 @@ from models.short_convolution.xla import NORM_EPSILON, Part
 if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `mosaic_gpu.refusal` says so
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHANNELS = 512  # of a block: four for each of its 128 threads
-HEADS = (64, 128)
+CHANNELS = (512, 256)  # of a block: four or two for each of its 128 threads
+HEADS = (128, 64)
 SPANS = (128, 64, 32, 16)  # tokens of a block, best first
 SIZES = range(2, 6)
 _AHEAD = 8  # tokens whose loads are issued together
@@ -44,38 +45,36 @@ def refusal(x: jax.Array, kernel: jax.Array, parts: Sequence[Part]) -> str | Non
         return f"the GPU kernels see {SIZES[0]} to {SIZES[-1]} tokens, not {len(kernel)}"
     if x.shape[1] % SPANS[-1]:
         return f"the GPU kernels take multiples of {SPANS[-1]} tokens, not {x.shape[1]}"
-    if rest := [part.channels for part in parts if part.channels % CHANNELS]:
-        return f"the GPU kernels take parts of multiples of {CHANNELS} channels, not of {rest[0]}"
     heads = {part.head for part in parts} - {None}
     if len(heads) > 1 or not heads <= set(HEADS):
         return f"the GPU kernels take heads of 64 or of 128 channels, not of {sorted(heads)}"
+    least = CHANNELS[0] if heads else CHANNELS[-1]
+    if rest := [part.channels for part in parts if part.channels % least]:
+        return f"the GPU kernels take parts of multiples of {least} channels, not of {rest[0]}"
     return None
 
 
-def _head(parts: Sequence[Part]) -> int:
-    """The channels of a row of a block; without heads it does not matter."""
-    return next((part.head for part in parts if part.head), HEADS[-1])
+def _block_shape(parts: Sequence[Part]) -> tuple[int, int]:
+    """The rows of a block and their channels, which are those of a head, where there are heads."""
+    channels = next(size for size in CHANNELS if not any(part.channels % size for part in parts))
+    head = next((part.head for part in parts if part.head), channels // 4)
+    return channels // head, head
 
 
-def _span(time: int) -> int:
-    return next(span for span in SPANS if time % span == 0)
-
-
-def _layout(head: int) -> Any:
-    """Of `[512 / head, head]`: four channels for each thread, side by side as in memory."""
-    rows = CHANNELS // head
-    if head == HEADS[-1]:
-        tiles, warps, lanes = ((rows, head), (4,)), (-3,), (-2,)
+def _layout(rows: int, head: int) -> Any:
+    """Of a block's channels at one token: those of a thread lie side by side in memory, and so do those of a warp."""
+    if rows == 4:  # a warp for each
+        tiles, warps, lanes = ((rows, head), (head // 32,)), (-3,), (-2,)
     else:
         tiles, warps, lanes = ((rows, head), (rows // 4, 4)), (-4,), (-2, -3)
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1)
 
 
 class _Block:
-    """What both kernels do with a token of a block: 512 channels, `[512 / head, head]`, in float32 registers."""
+    """What both kernels do with a token of a block, `[rows, head]` in float32 registers."""
 
-    def __init__(self, head: int, taps: Sequence[jax.Array], silu: bool) -> None:
-        self._layout, self._taps, self._silu = _layout(head), taps, silu
+    def __init__(self, layout: Any, taps: Sequence[jax.Array], silu: bool) -> None:
+        self._layout, self._taps, self._silu = layout, taps, silu
 
     def sums(self, seen: Sequence[jax.Array]) -> jax.Array:
         """The convolution, of as many tokens as it sees, in their order."""
@@ -114,9 +113,10 @@ class _Grid:
     def __init__(self, x: jax.Array, size: int, parts: Sequence[Part]) -> None:
         self.batch, self.time, channels = x.shape
         self.size, self.parts = size, parts
-        self.span, self.head = _span(self.time), _head(parts)
-        self.rows = CHANNELS // self.head
-        self.grid = (channels // CHANNELS, self.time // self.span, self.batch)
+        self.span = next(span for span in SPANS if self.time % span == 0)
+        self.rows, self.head = _block_shape(parts)
+        self.layout = _layout(self.rows, self.head)
+        self.grid = (channels // (self.rows * self.head), self.time // self.span, self.batch)
         self.names = ("channels", "spans", "batch")
         self.shape = (self.batch, self.time, channels // self.head, self.head)
 
@@ -127,13 +127,13 @@ class _Grid:
         """Calls `run` with the part of this block, its number, and the rows of the part that are this block's."""
         place, begin = lax.axis_index("channels"), 0
         for i, part in enumerate(self.parts):
-            end = begin + part.channels // CHANNELS
+            end = begin + part.channels // (self.rows * self.head)
             rows = pl.ds((place - begin) * self.rows, self.rows)
             pl.when((place >= begin) & (place < end))(partial(run, i, part, rows))
             begin = end
 
     def load(self, ref: Any) -> jax.Array:
-        return plgpu.load(ref, layout=_layout(self.head), optimized=False).astype(jnp.float32)
+        return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
 
 
 class _Token(NamedTuple):
@@ -192,7 +192,7 @@ def _run_forward(x, kernel, segment_ids, parts, silu, interpret) -> list[jax.Arr
     def body(*refs):
         (x_ref, kernel_ref, *segments_ref), part_refs = refs[: len(arrays)], refs[len(arrays) :]
         tokens = _Tokens(grid, x_ref, *(segments_ref or [None]))
-        block = _Block(grid.head, [grid.load(kernel_ref.at[s, tokens.rows]) for s in range(size)], silu)
+        block = _Block(grid.layout, [grid.load(kernel_ref.at[s, tokens.rows]) for s in range(size)], silu)
 
         def run(i, part, part_rows):
             def some(turn, seen):
@@ -231,7 +231,7 @@ def _run_backward(x, kernel, segment_ids, d_parts, parts, silu, interpret) -> tu
         place = lax.axis_index("spans")
         tokens = _Tokens(grid, x_ref, *(segments_ref or [None]))
         taps = [grid.load(kernel_ref.at[s, tokens.rows]) for s in range(size)]
-        block = _Block(grid.head, taps, silu)
+        block = _Block(grid.layout, taps, silu)
 
         def run(i, part, part_rows):
             def one(seen, t, d_taps, counts_if):
@@ -245,7 +245,7 @@ def _run_backward(x, kernel, segment_ids, d_parts, parts, silu, interpret) -> tu
 
             # The first tokens' d_u is also in d_x of the block before, which has counted it, where there is one.
             seen, d_us = tokens.before(), ()
-            nothing = plgpu.layout_cast(jnp.zeros((grid.rows, grid.head), jnp.float32), _layout(grid.head))
+            nothing = plgpu.layout_cast(jnp.zeros((grid.rows, grid.head), jnp.float32), grid.layout)
             d_taps = (nothing,) * size
             for t in (tokens.first + j for j in range(behind)):
                 seen = (*seen, tokens.read(t))

@@ -21,6 +21,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 KERNEL_CASES = (
     Case(32, (Part(512, 64), Part(512)), segments=(14, 1, 2, 15), batch=1),
     slow(Case(16, QKV, batch=1)),
+    slow(Case(32, (Part(768), Part(256)))),
     slow(Case(32, QKV, segments=(17, 14, 1))),
     slow(Case(16, QKV)),
     slow(Case(48, (Part(1024),), silu=False)),
@@ -129,7 +130,8 @@ def test_gpu_kernels_lower(replicas):
     [
         (Case(16, QKV), "take bfloat16, not float32"),
         (Case(17, QKV, dtype="bfloat16"), "multiples of 16 tokens, not 17"),
-        (Case(16, (Part(512), Part(256)), dtype="bfloat16"), "multiples of 512 channels, not of 256"),
+        (Case(16, (Part(512, 64), Part(256)), dtype="bfloat16"), "multiples of 512 channels, not of 256"),
+        (Case(16, (Part(384),), dtype="bfloat16"), "multiples of 256 channels, not of 384"),
         (Case(16, (Part(512, 256),), dtype="bfloat16"), r"heads of 64 or of 128 channels, not of \[256\]"),
         (Case(16, QKV, size=6, dtype="bfloat16"), "see 2 to 5 tokens, not 6"),
     ],
