@@ -64,9 +64,11 @@ class DeltaNet(RecurrentMixer):
         self.key_norm = choose(KEY_NORMS, key_norm, "key_norm")
         # With SiLU for all channels, the convolution does it, and the norms, in the same pass.
         fused = convolution > 0 and feature_map == "silu"
-        options = {"convolution": convolution, "silu": fused, "unit_keys": fused and key_norm == "l2"}
-        super().__init__(width, heads=heads, rngs=rngs, **options, **shared)
-        self.l2_normalize = key_norm == "l2" and not options["unit_keys"]
+        unit_keys = fused and key_norm == "l2"
+        super().__init__(
+            width, heads=heads, convolution=convolution, silu=fused, unit_keys=unit_keys, rngs=rngs, **shared
+        )
+        self.l2_normalize = key_norm == "l2" and not unit_keys
         self.beta_limit = 2.0 if negative_eigenvalues else 1.0
         self.implementation = implementation
         self.beta = Linear(width, heads, rngs=rngs)

@@ -102,7 +102,7 @@ def over_examples(function: Callable[..., Any], *arguments: Any, whole: Sequence
         return function(*arguments, *whole)
     examples = P(mesh.axis_names)
     specs = (*(examples for _ in arguments), *(P() for _ in whole))
-    # Everything is divided, so there is nothing that the check of replicated values, which kernels fail, could find.
+    # All results are divided, so there is nothing that the check of replicated values, which kernels fail, could find.
     run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=examples, check_vma=False)
     return run(*arguments, *whole)
 

@@ -265,7 +265,4 @@ IMPLEMENTATIONS = {
 def _choose(problem: _Problem, implementation: str | Sequence[str] | None) -> Callable[[_Problem], tuple]:
     """The first implementation that serves; the log says why others do not."""
     names = AUTOMATIC if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
-        raise ValueError(f"no implementation {unknown[0]!r}: choose from {', '.join(IMPLEMENTATIONS)}")
     return first_that_serves(IMPLEMENTATIONS, names, problem, f"q of shape {problem.q.shape}", "delta_rule", _log)

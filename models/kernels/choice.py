@@ -9,7 +9,7 @@ Refusal = Callable[[Any], str | None]
 
 def first_that_serves(
     implementations: Mapping[str, tuple[Refusal, Callable[[Any], Any]]],
-    names: Sequence[str],
+    names: str | Sequence[str],
     problem: Any,
     subject: str,
     op: str,
@@ -19,15 +19,19 @@ def first_that_serves(
 
     Args:
       implementations: name -> why it does not serve a problem, or None; and what runs it.
-      names: in the order of preference.
+      names: one of them, or several in the order of preference.
       problem: the op's checked arguments.
       subject: what they are, for the error: one of them and its shape.
       op: its name, for the log.
       log: where to.
 
     Raises:
+      ValueError: there is no implementation of such a name.
       NotImplementedError: none of them serves.
     """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if unknown := [name for name in names if name not in implementations]:
+        raise ValueError(f"no implementation {unknown[0]!r}: choose from {', '.join(implementations)}")
     reasons = []
     for name in names:
         refusal, run = implementations[name]

@@ -61,12 +61,9 @@ def short_convolution(
     _check(x, kernel, parts, segment_ids)
     wide = jnp.promote_types(jnp.promote_types(x.dtype, kernel.dtype), jnp.float32)
     problem = _Problem(x, kernel.astype(wide), segment_ids, parts, silu)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"no implementation {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    names = tuple(IMPLEMENTATIONS) if implementation is None else (implementation,)
-    return first_that_serves(IMPLEMENTATIONS, names, problem, f"x of shape {x.shape}", "short_convolution", _log)(
-        problem
-    )
+    names = tuple(IMPLEMENTATIONS) if implementation is None else implementation
+    run = first_that_serves(IMPLEMENTATIONS, names, problem, f"x of shape {x.shape}", "short_convolution", _log)
+    return run(problem)
 
 
 def _check(x, kernel, parts, segment_ids) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from models.kernels.mosaic_gpu import kernel as make_kernel
+from models.kernels import mosaic_gpu as mgpu
 from models.short_convolution.xla import NORM_EPSILON, Part
 
 if jax.__version_info__ >= (0, 11):  # earlier versions have another interface, and `mosaic_gpu.refusal` says so
@@ -208,7 +208,7 @@ def _run_forward(x, kernel, segment_ids, parts, silu, interpret) -> list[jax.Arr
 
         grid.for_its_part(run)
 
-    outputs = make_kernel(
+    outputs = mgpu.kernel(
         body,
         "short_convolution",
         interpret,
@@ -274,7 +274,7 @@ def _run_backward(x, kernel, segment_ids, d_parts, parts, silu, interpret) -> tu
         grid.for_its_part(run)
 
     sums = (grid.batch, grid.time // grid.span, size, *grid.shape[2:])
-    d_x, d_kernel = make_kernel(
+    d_x, d_kernel = mgpu.kernel(
         body,
         "short_convolution_backward",
         interpret,
