@@ -1,7 +1,7 @@
 """The short convolution, with what follows it, as Mosaic GPU kernels for NVIDIA Hopper GPUs, in bfloat16.
 
 What there is to do is to move bytes: forward reads `x` and writes the parts, backward reads `x` and the parts'
-gradients and writes `d_x`. A block has 512 channels and runs over `span` tokens, four or eight at a time. A thread
+gradients and writes `d_x`. A block has 512 channels and runs over `span` tokens, two or eight at a time. A thread
 keeps four channels, and of the tokens before only what the convolution still sees, in registers; a head of 128
 channels is a warp, one of 64 half a warp, so that its norm is a sum over lanes. Nothing goes through shared memory.
 Without heads, 256 channels make a block where 512 do not divide a part.
@@ -34,7 +34,7 @@ HEADS = (128, 64)
 SPANS = (128, 64, 32, 16)  # tokens of a block, best first
 SIZES = range(2, 6)
 _AHEAD = 8  # tokens whose loads are issued together
-_AHEAD_BACKWARD = 4
+_AHEAD_BACKWARD = 2  # of which those of the next turn are under way too
 
 
 def refusal(x: jax.Array, kernel: jax.Array, parts: Sequence[Part]) -> str | None:
@@ -133,7 +133,7 @@ class _Grid:
             begin = end
 
     def load(self, ref: Any) -> jax.Array:
-        return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
+        return plgpu.load(ref, layout=self.layout, optimized=False)
 
 
 class _Token(NamedTuple):
@@ -141,6 +141,10 @@ class _Token(NamedTuple):
 
     value: jax.Array
     segment: jax.Array | None
+
+    def wide(self) -> "_Token":
+        """Its numbers in float32."""
+        return self._replace(value=self.value.astype(jnp.float32))
 
 
 class _Tokens:
@@ -151,7 +155,7 @@ class _Tokens:
         self.batch, self.first = lax.axis_index("batch"), lax.axis_index("spans") * grid.span
         self.rows = pl.ds(lax.axis_index("channels") * grid.rows, grid.rows)
 
-    def read(self, t: jax.Array) -> _Token:
+    def load(self, t: jax.Array) -> _Token:
         segment = None if self._segments is None else self._segments[self.batch, t]
         return _Token(self._grid.load(self._x.at[self.batch, t, self.rows]), segment)
 
@@ -159,7 +163,7 @@ class _Tokens:
         """Those that the first one sees; zeros before the sequence."""
         tokens = []
         for t in (self.first - s for s in range(self._grid.size - 1, 0, -1)):
-            x, segment = self.read(jnp.maximum(t, 0))
+            x, segment = self.load(jnp.maximum(t, 0)).wide()
             tokens.append(_Token(x * jnp.where(t >= 0, 1.0, 0.0), segment))
         return tuple(tokens)
 
@@ -197,7 +201,7 @@ def _run_forward(x, kernel, segment_ids, parts, silu, interpret) -> list[jax.Arr
         def run(i, part, part_rows):
             def some(turn, seen):
                 begin = tokens.first + turn * _AHEAD
-                seen = (*seen, *(tokens.read(begin + j) for j in range(_AHEAD)))
+                seen = (*seen, *(tokens.load(begin + j).wide() for j in range(_AHEAD)))
                 for j in range(_AHEAD):
                     u = block.sums(_of_one_segment(seen[j : j + size], seen[j + size - 1]))
                     y = block.value(u, part.head is not None)
@@ -234,11 +238,15 @@ def _run_backward(x, kernel, segment_ids, d_parts, parts, silu, interpret) -> tu
         block = _Block(grid.layout, taps, silu)
 
         def run(i, part, part_rows):
-            def one(seen, t, d_taps, counts_if):
+            def load(t):
+                """A token and its gradient, as they are in memory; those of the last one after the end."""
+                t = jnp.minimum(t, grid.time - 1)
+                return tokens.load(t), grid.load(d_refs[i].at[tokens.batch, t, part_rows])
+
+            def one(seen, d_y, d_taps, counts_if):
                 """The gradient of the sums of the newest token that was seen; and `d_taps` with it, if it counts."""
                 visible = _of_one_segment(seen, seen[-1])
-                d_y = grid.load(d_refs[i].at[tokens.batch, t, part_rows])
-                d_u = block.d_sums(block.sums(visible), d_y, part.head is not None)
+                d_u = block.d_sums(block.sums(visible), d_y.astype(jnp.float32), part.head is not None)
                 counted = d_u * jnp.where(counts_if, 1.0, 0.0)
                 d_taps = tuple(d_tap + counted * x for d_tap, x in zip(d_taps, reversed(visible), strict=True))
                 return d_u, counted, d_taps
@@ -247,27 +255,30 @@ def _run_backward(x, kernel, segment_ids, d_parts, parts, silu, interpret) -> tu
             seen, d_us = tokens.before(), ()
             nothing = plgpu.layout_cast(jnp.zeros((grid.rows, grid.head), jnp.float32), grid.layout)
             d_taps = (nothing,) * size
-            for t in (tokens.first + j for j in range(behind)):
-                seen = (*seen, tokens.read(t))
-                d_u, _, d_taps = one(seen[-size:], t, d_taps, place == 0)
-                d_us = (*d_us, _Token(d_u, seen[-1].segment))
+            for token, d_y in map(load, (tokens.first + j for j in range(behind))):
+                seen = (*seen, token.wide())
+                d_u, _, d_taps = one(seen[-size:], d_y, d_taps, place == 0)
+                d_us = (*d_us, _Token(d_u, token.segment))
+
+            def places(turn):
+                begin = tokens.first + behind + turn * _AHEAD_BACKWARD
+                return [begin + j for j in range(_AHEAD_BACKWARD)]
 
             def some(turn, carry):
-                seen, d_us, d_taps = carry
-                begin = tokens.first + behind + turn * _AHEAD_BACKWARD
-                places = [begin + j for j in range(_AHEAD_BACKWARD)]
-                seen = (*seen, *(tokens.read(jnp.minimum(t, grid.time - 1)) for t in places))
-                for j, t in enumerate(places):
-                    window, last = seen[j : j + size], jnp.minimum(t, grid.time - 1)
-                    _, d_u, d_taps = one(window, last, d_taps, t < grid.time)
-                    d_us = (*d_us[-behind:], _Token(d_u, window[-1].segment))
+                seen, d_us, d_taps, loaded = carry
+                # A store holds back the loads after it, so the next turn's are issued before the first one.
+                loading = [load(t) for t in places(turn + 1)]
+                for t, (token, d_y) in zip(places(turn), loaded, strict=True):
+                    seen = (*seen[-behind:], token.wide())
+                    _, d_u, d_taps = one(seen, d_y, d_taps, t < grid.time)
+                    d_us = (*d_us[-behind:], _Token(d_u, token.segment))
                     visible = _of_one_segment(d_us, d_us[0])
                     d_x = sum(tap * d_u for tap, d_u in zip(taps, visible, strict=True))
                     d_x_ref.at[tokens.batch, t - behind, tokens.rows][...] = d_x.astype(x.dtype)
-                return seen[-behind:], d_us[-behind:], d_taps
+                return seen[-behind:], d_us[-behind:], d_taps, loading
 
-            carry = (seen[-behind:], d_us, d_taps)
-            _, _, d_taps = lax.fori_loop(0, grid.span // _AHEAD_BACKWARD, some, carry)
+            carry = (seen[-behind:], d_us, d_taps, [load(t) for t in places(0)])
+            _, _, d_taps, _ = lax.fori_loop(0, grid.span // _AHEAD_BACKWARD, some, carry)
             for s, d_tap in enumerate(d_taps):
                 d_kernel_ref.at[tokens.batch, place, s, tokens.rows][...] = d_tap
 

@@ -55,7 +55,7 @@ def oracle(case):
         return [*parts, *pull(cotangents)]
 
     def function(x, kernel):
-        u = sum(tap * jnp.einsum("ij,bij,bjc->bic", seen, same, x) for tap, seen in zip(kernel[::-1], taps, strict=True))
+        u = sum(tap * jnp.einsum("ij,bij,bjc->bic", at, same, x) for tap, at in zip(kernel[::-1], taps, strict=True))
         y = u / (1 + jnp.exp(-u)) if case.silu else u
         parts, begin = [], 0
         for part in case.parts:
