@@ -5,9 +5,10 @@
   python scripts/benchmark_delta_rule.py --contenders pallas_gpu chunked fla
 
 Contenders: our implementations by name; `attention`, cuDNN's causal attention through JAX; `fla`, the Triton kernels of
-flash-linear-attention, where that package and PyTorch are installed, each call one CUDA graph. Before anything is timed, output and gradients of
-every contender but attention are held against the float64 recurrence on two heads of the same length; one that fails is
-reported and not timed. Queries and keys are normalised beforehand, so that nobody pays for it.
+flash-linear-attention, where that package and PyTorch are installed, each call one CUDA graph. Before anything is
+timed, output and gradients of every contender but attention are held against the float64 recurrence on two heads of the
+same length; one that fails is reported and not timed. Queries and keys are normalised beforehand, so that nobody pays
+for it.
 
 Writes kernels.json, kernels.md and kernels.png into the results folder.
 """
